@@ -1,0 +1,110 @@
+"""What a worker process holds: one loaded base, and the users, prompts and settings of the federation it works for.
+
+A worker is a pure function of its `WorkerSpec`, so any process can rebuild it and the result does not depend on which
+process did the work. One base is kept loaded from one federation to the next.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fedoppu.client.jobs import LocalTrainer, Predictor
+from fedoppu.client.model import LoadedBase, load_base, resolve_base
+from fedoppu.client.prediction import BatchedPredictor
+from fedoppu.client.prompts import PromptBuilder
+from fedoppu.client.tasks import TASKS, Task
+from fedoppu.client.training import BatchedTrainer
+from fedoppu.common.adapters import AdapterSpec
+from fedoppu.common.config import FederationConfig, PersonalSettings
+from fedoppu.common.randomness import Randomness
+from fedoppu.simulations.virtual_users import VirtualUsers
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Everything that a worker needs to know; small and picklable.
+
+    Attributes:
+        base: pocket, a transformers folder, or a GGUF file.
+        users: Folder of the virtual users.
+        federation: Canonical bytes of the federation's config.
+        personal: The personal phase, without any null.
+        seed: Root of the run's random choices.
+        threads: Intra-op threads of torch; part of the result.
+        group_users: Users trained in one pass; part of the result.
+    """
+
+    base: str
+    users: Path
+    federation: bytes
+    personal: PersonalSettings
+    seed: int
+    threads: int
+    group_users: int
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process's view of one federation."""
+
+    spec: WorkerSpec
+    config: FederationConfig
+    task: Task
+    base: LoadedBase
+    trainer: LocalTrainer
+    predictor: Predictor
+    prompts: PromptBuilder
+    users: VirtualUsers
+    randomness: Randomness
+
+    @property
+    def shared_spec(self) -> AdapterSpec:
+        """Shapes of the shared adapter."""
+        settings = self.config.shared.adapter
+        return AdapterSpec.from_base(
+            self.base.facts, settings.targets or (), rank=settings.rank, alpha=settings.alpha
+        )
+
+    @property
+    def personal_spec(self) -> AdapterSpec:
+        """Shapes of a personal adapter."""
+        settings = self.spec.personal.adapter
+        return AdapterSpec.from_base(
+            self.base.facts, settings.targets or (), rank=settings.rank, alpha=settings.alpha
+        )
+
+
+@lru_cache(maxsize=1)
+def _open_base(name: str, dtype: Literal["float32", "bfloat16"]) -> LoadedBase:
+    return load_base(resolve_base(name), dtype=dtype)
+
+
+@lru_cache(maxsize=1)
+def open_worker(spec: WorkerSpec) -> Worker:
+    """Builds the worker of a spec; the last one is kept."""
+    torch.set_num_threads(spec.threads)
+    config = FederationConfig.from_canonical(spec.federation)
+    base = _open_base(spec.base, config.dtype)
+    task = TASKS[config.task]
+    prompts = PromptBuilder(
+        task,
+        base.tokenizer,
+        prompt=config.prompt,
+        retriever=config.retriever,
+        k=config.k,
+        max_tokens=base.facts.max_tokens,
+    )
+    return Worker(
+        spec=spec,
+        config=config,
+        task=task,
+        base=base,
+        trainer=BatchedTrainer(base, group=spec.group_users),
+        predictor=BatchedPredictor(base),
+        prompts=prompts,
+        users=VirtualUsers(spec.users),
+        randomness=Randomness.from_seed(spec.seed),
+    )
