@@ -1,1 +1,1 @@
-"""Importers: each reads one format of other people's records into history items, and refuses what is malformed."""
+"""Importers: each reads one format into history items, and refuses what is malformed."""

@@ -12,8 +12,10 @@ class LampUser:
     Attributes:
         user_id: Unique in a data set.
         task: The LaMP task ("LaMP_2N").
-        history: Oldest first; `kind` is the task, `fields` its item fields, all strings, without "id" and "date".
-        queries: After the history; `kind` is "query", `fields` are "input" (LaMP's input string) and "gold".
+        history: Oldest first; `kind` is the task, `fields` its item fields, all strings, without
+            "id" and "date".
+        queries: After the history; `kind` is "query", `fields` are "input" (LaMP's input string)
+            and "gold".
     """
 
     user_id: str
