@@ -374,7 +374,7 @@ class FederationConfig:
         Raises:
             UsageError: A key is unknown, missing or out of range.
         """
-        return _build(cls, [OmegaConf.create(data.decode())])
+        return _build(cls, [OmegaConf.create(json.loads(data))])
 
 
 def load_run_config(overrides: Iterable[str] = (), file: Path | None = None) -> RunConfig:
