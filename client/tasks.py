@@ -1,9 +1,10 @@
 """The seven LaMP tasks as data: what a record holds, its labels, and how a text becomes a prompt.
 
-Input strings of LaMP's files are parsed exactly, and one that does not match fails with the task and
-what was expected. Parsing and rendering are inverse to each other: a text may hold quotes, newlines,
-brackets and the instruction's own words. The one exception is LaMP_1, whose strings join three titles
-without escapes: where a title holds a whole separator the string is ambiguous, and is refused both ways.
+Input strings of LaMP's files are parsed exactly, and one that does not match fails with the task
+and what was expected. Parsing and rendering are inverse to each other: a text may hold quotes,
+newlines, brackets and the instruction's own words. The one exception is LaMP_1, whose strings join
+three titles without escapes: a title that holds a whole separator makes the string ambiguous, and
+is refused both ways.
 
 The prompts are in our own words. Source of the tasks: LaMP, Salemi et al. 2024,
 https://arxiv.org/abs/2304.11406; of the history formats: OPPU, https://arxiv.org/abs/2402.04401.
@@ -78,7 +79,7 @@ class Task:
         name: As in the configuration, "LaMP_2N".
         kind: classification, rating (labels are numbers) or generation.
         labels: In LaMP's order, which is also the order of scores; empty for generation.
-        literals: Fixed parts of an input string, one more than `input_fields`; the last may be empty.
+        literals: Fixed parts of an input string, one more than `input_fields`.
         input_fields: Fields between the literals.
         item_fields: Fields that each history item of LaMP's files has, beside "id" and "date".
         text: The field that says what an item or a query is about.
@@ -87,8 +88,9 @@ class Task:
         block: A retrieved item in a prompt, {target} being its answer; ends with a newline.
         query_keys: Fields of a query that are looked up in the history.
         document_keys: Fields of an item that are looked up in, never its answer.
-        items_are_queries: Whether an item has the format of a query. Where it has not (LaMP_1, LaMP_7),
-            personal training uses neither retrieval nor profile, and no item can become a query.
+        items_are_queries: Whether an item has the format of a query. Where it has not (LaMP_1,
+            LaMP_7), personal training uses neither retrieval nor profile, and no item can become
+            a query.
     """
 
     name: str
@@ -127,7 +129,7 @@ class Task:
         """Writes the input string with these fields: the inverse of `parse_input`.
 
         Raises:
-            DataError: A field is missing, or holds a separator, so that the string could not be read back.
+            DataError: A field is missing, or holds a separator and could not be read back.
         """
         missing = [name for name in self.input_fields if name not in fields]
         if missing:
@@ -167,14 +169,14 @@ class Task:
         if not value.strip():
             raise DataError(f"{self.name}: an answer must not be empty")
         if self.labels and value not in self.labels:
-            raise DataError(
-                f"{self.name}: an answer must be one of {', '.join(self.labels)}, got {value[:40]!r}"
-            )
+            known = ", ".join(self.labels)
+            raise DataError(f"{self.name}: an answer must be one of {known}, got {value[:40]!r}")
 
     def document(self, fields: Mapping[str, str], *, with_answer: bool = False) -> str:
-        """The text of an item in the retriever's index: its fields, by default without its answer."""
-        keys = self.document_keys + ((self.items[0].target,) if with_answer else ())
-        return " ".join(fields[key] for key in keys if fields.get(key))
+        """The text of an item in the retriever's index, by default without its answer."""
+        target = self.items[0].target
+        extra = (target,) if with_answer and target not in self.document_keys else ()
+        return " ".join(fields[key] for key in self.document_keys + extra if fields.get(key))
 
     def lookup(self, fields: Mapping[str, str]) -> str:
         """The retriever's query for the fields of a query, or of an item that is read as one."""
@@ -237,7 +239,7 @@ def get_task(name: str) -> Task:
 
 
 _JUST = "Just answer with the {0} name without further explanation."
-_TAG_IT = "Which one of these tags fits best? Answer with the tag alone: {0}."
+_TAG_IT = "Which one of these fits best? Answer with it alone, as written here: {0}."
 _STARS = "How many stars, 1 to 5, did the author of this review give? Answer with the number alone."
 
 
