@@ -4,6 +4,7 @@ A worker is a pure function of its `WorkerSpec`, so any process can rebuild it a
 process did the work. One base is kept loaded from one federation to the next.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,9 +15,11 @@ import torch
 from fedoppu.client.jobs import LocalTrainer, Predictor
 from fedoppu.client.model import LoadedBase, load_base, resolve_base
 from fedoppu.client.prediction import BatchedPredictor
+from fedoppu.client.profile import template_profile, written_profile
 from fedoppu.client.prompts import PromptBuilder
 from fedoppu.client.tasks import TASKS, Task
 from fedoppu.client.training import BatchedTrainer
+from fedoppu.client.vault import HistoryItem
 from fedoppu.common.adapters import AdapterSpec
 from fedoppu.common.config import FederationConfig, PersonalSettings
 from fedoppu.common.randomness import Randomness
@@ -59,6 +62,15 @@ class Worker:
     prompts: PromptBuilder
     users: VirtualUsers
     randomness: Randomness
+
+    def profile(self, user: str, history: Sequence[HistoryItem]) -> str | None:
+        """The profile that precedes the user's prompts, or None: the user's own, or one made from the history."""
+        if self.config.profile == "none":
+            return None
+        own = self.users.vault(user).profile
+        if own is not None or self.config.profile == "template":
+            return own if own is not None else template_profile(self.task, history)
+        return written_profile(self.task, history, self.prompts, self.predictor)
 
     @property
     def shared_spec(self) -> AdapterSpec:

@@ -1,0 +1,62 @@
+"""What a person sees while a simulation runs: rounds, cohorts, drops, bytes, losses; then the table.
+
+Progress goes to standard error, the table to standard output, so that either can be redirected.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console as RichConsole
+
+T = TypeVar("T")
+Row = Mapping[str, Any]
+
+
+class Console:
+    """Prints progress and tables.
+
+    Args:
+        progress: Whether progress is printed.
+        table: Whether tables are printed.
+    """
+
+    def __init__(self, *, progress: bool, table: bool) -> None:
+        """Open standard error and output."""
+        self._progress = RichConsole(stderr=True, quiet=not progress, highlight=False)
+        self.tables = RichConsole(quiet=not table, highlight=False)
+
+    def say(self, text: str) -> None:
+        """Prints a line of progress."""
+        self._progress.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Prints a warning, whatever the settings say about progress."""
+        RichConsole(stderr=True, highlight=False).print(f"warning: {text}", style="yellow", markup=False)
+
+    def round_done(self, record: Row, rounds: int) -> None:
+        """Prints one round of the shared phase, from its deterministic metrics."""
+        loss = record["held_out_loss"]
+        self.say(
+            f"  round {record['round']:>3}/{rounds}  cohort {len(record['cohort'])}  "
+            f"survivors {len(record['survivors'])}  dropped {record['dropped']}  "
+            f"up {_bytes(record['bytes_up'])}  down {_bytes(record['bytes_down'])}  "
+            f"held-out loss {'-' if loss is None else f'{loss:.3f}'}"
+        )
+
+    def steps(self, name: str, work: Iterable[T], total: int) -> Iterator[T]:
+        """Yields from `work` and says how far it is, with the time that is left."""
+        begun = time.monotonic()
+        for done, result in enumerate(work, 1):
+            left = (time.monotonic() - begun) / done * (total - done)
+            self.say(f"  {name} {done}/{total}" + (f"  about {left:.0f} s left" if done < total else ""))
+            yield result
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def names(values: Sequence[object]) -> str:
+    """Values for a sentence."""
+    return ", ".join(str(value) for value in values)
