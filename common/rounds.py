@@ -1,19 +1,30 @@
-"""One round of secure aggregation, as data: its plan and the events that the two state machines exchange.
+"""One round of secure aggregation, as data: its plan, and the events of the two state machines.
 
-The plan's SHA-256 is the *context*: it is in every signature, HKDF info, associated data, dither and noise stream, so that
-nothing made for one attempt means anything in another (spec of secure aggregation, rule 1). No other message sets any of
-these values.
+The plan's SHA-256 is the *context*: it is in every signature, HKDF info, associated data, dither and
+noise stream, so that nothing made for one attempt means anything in another (spec of secure
+aggregation, rule 1). No other message sets any of these values.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 Words = NDArray[np.uint32] | NDArray[np.uint16]
+
+
+class Exchange(StrEnum):
+    """The exchanges of a round, in their order; the values are Flower message types."""
+
+    KEYS = "query.keys"
+    SHARES = "query.shares"
+    MASKED = "train.masked"
+    CONSISTENCY = "query.consistency"
+    UNMASK = "query.unmask"
 
 
 @dataclass(frozen=True)
@@ -109,8 +120,9 @@ class ShareBundle:
 
     Attributes:
         member: The dealer.
-        packages: Recipient: AES-GCM ciphertext of (share of the self seed, share of the mask key).
-        share_hashes: Recipient: SHA-256 of its plain package, so that a wrong share names its dealer or holder.
+        packages: Recipient: AES-GCM ciphertext of (share of self seed, share of mask key).
+        share_hashes: Recipient: 32 bytes, a 16-byte hash of each of the two shares (only one of
+            them is ever revealed), so that a wrong share names its dealer or holder.
         signature: Ed25519 over the hashes, the cohort hash and the context.
     """
 
@@ -122,7 +134,7 @@ class ShareBundle:
 
 @dataclass(frozen=True)
 class SharesDelivered:
-    """Server to client, `train.masked`: the bundles addressed to this client, each with its dealer's signed hashes.
+    """Server to client, `train.masked`: the bundles for this client, with the signed hashes.
 
     Attributes:
         dealers: The share set, sorted: members whose bundles the server has.
@@ -135,7 +147,7 @@ class SharesDelivered:
 
 @dataclass(frozen=True)
 class UpdateReady:
-    """The client's own runtime to its state machine: the released integers to mask. Never on the wire."""
+    """The client's own runtime to its state machine: the integers to mask. Never on the wire."""
 
     words: Words = field(repr=False)
 
@@ -157,7 +169,10 @@ class MaskedUpdate:
 
 @dataclass(frozen=True)
 class SurvivorsProposed:
-    """Server to client, `query.consistency`: the share set and the members whose masked vectors are in the sum, sorted."""
+    """Server to client, `query.consistency`: the share set, and whose vectors are in the sum.
+
+    Both are sorted.
+    """
 
     dealers: tuple[int, ...]
     survivors: tuple[int, ...]
@@ -173,7 +188,7 @@ class SurvivorSignature:
 
 @dataclass(frozen=True)
 class UnmaskRequested:
-    """Server to client, `query.unmask`: the signatures that show one and the same survivor set to all."""
+    """Server to client, `query.unmask`: the signatures that show one survivor set to all."""
 
     signatures: Mapping[int, bytes]
 
@@ -186,7 +201,8 @@ class UnmaskReply:
         member: The sender.
         seed_shares: Owner that survived: share of its self seed.
         key_shares: Owner that dropped after sharing: share of its mask key.
-        own_seed: The sender's own self seed, checked against its commitment.
+        own_seed: The sender's own self seed, checked against its commitment, so that Shamir is
+            only for those who are gone.
         signature: Ed25519 over all of it.
     """
 
@@ -200,6 +216,14 @@ class UnmaskReply:
 @dataclass(frozen=True)
 class StageEnded:
     """The server's clock to its state machine: nobody else is waited for."""
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """The server's state machine to its strategy: an event for one member."""
+
+    member: int
+    event: "ServerEvent"
 
 
 @dataclass(frozen=True)
