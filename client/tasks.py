@@ -85,7 +85,7 @@ class Task:
         text: The field that says what an item or a query is about.
         query: Format of a query; its target is "gold".
         items: Formats of a history item; the first one whose target the item has is used.
-        block: A retrieved item in a prompt, {target} being its answer; ends with a newline.
+        block: A retrieved item in a prompt, {target} being its answer; a newline follows.
         query_keys: Fields of a query that are looked up in the history.
         document_keys: Fields of an item that are looked up in, never its answer.
         items_are_queries: Whether an item has the format of a query. Where it has not (LaMP_1,
@@ -281,7 +281,7 @@ def _lamp_1() -> Task:
             ),
             PromptFormat("paper:", "title", "Write the title of a paper by this author."),
         ),
-        block="paper: {title}\n",
+        block="paper: {title}",
         query_keys=("option_1", "option_2"),
         document_keys=("title", "abstract"),
         items_are_queries=False,
@@ -308,7 +308,7 @@ def _lamp_2n() -> Task:
         text="text",
         query=query,
         items=(item,),
-        block="article: {text}\ncategory: {target}\n",
+        block="article: {text}\ncategory: {target}",
         query_keys=("text",),
         document_keys=("title", "text"),
     )
@@ -331,7 +331,7 @@ def _lamp_2m() -> Task:
         text="description",
         query=query,
         items=(item,),
-        block="movie: {description}\ntag: {target}\n",
+        block="movie: {description}\ntag: {target}",
         query_keys=("description",),
         document_keys=("description",),
     )
@@ -353,7 +353,7 @@ def _lamp_3() -> Task:
         text="text",
         query=query,
         items=(item,),
-        block="review: {text}\nscore: {target}\n",
+        block="review: {text}\nscore: {target}",
         query_keys=("text",),
         document_keys=("text",),
     )
@@ -375,7 +375,7 @@ def _lamp_4() -> Task:
         text="text",
         query=query,
         items=(item,),
-        block="article: {text}\nheadline: {target}\n",
+        block="article: {text}\nheadline: {target}",
         query_keys=("text",),
         document_keys=("text",),
     )
@@ -395,7 +395,7 @@ def _lamp_5() -> Task:
         text="abstract",
         query=query,
         items=(item,),
-        block="abstract: {abstract}\ntitle: {target}\n",
+        block="abstract: {abstract}\ntitle: {target}",
         query_keys=("abstract",),
         document_keys=("abstract",),
     )
@@ -417,7 +417,7 @@ def _lamp_7() -> Task:
             "tweet: {text}\nparaphrase:", "gold", "Say this tweet as its reader would write it."
         ),
         items=(PromptFormat("tweet:", "text", "Write a tweet by this author."),),
-        block="tweet: {text}\n",
+        block="tweet: {text}",
         query_keys=("text",),
         document_keys=("text",),
         items_are_queries=False,
