@@ -1,4 +1,4 @@
-"""Controls that a claim of personalization must beat: they know the user's answers, or other users, but not the text.
+"""Controls that a claim of personalization must beat: all but the personal reading of a text.
 
 - `majority`: the user's own most frequent answer (ratings: the median).
 - `prior_shift`: the shared model plus the user's label frequencies; no adapter is trained.
@@ -42,8 +42,9 @@ class OwnHistory:
 def majority_answer(answers: Sequence[str], kind: Kind) -> str | None:
     """The answer that a user gives anyway.
 
-    Classification: the most frequent; of equally frequent ones the one given last. Rating: the median; of two middle
-    values the one given last. None for generation and for an empty history.
+    Classification: the most frequent; of equally frequent ones the one given last. Rating: the
+        median; of two middle values the one given last. None for generation and for an empty
+        history.
 
     Args:
         answers: Of the user's own history, oldest first.
@@ -66,7 +67,8 @@ def majority(
 ) -> tuple[QueryResult, ...]:
     """The majority arm over the queries of another arm's results; empty for generation.
 
-    A user with an empty history has no majority and no results: a difference is taken over the others.
+    A user with an empty history has no majority and no results: a difference is taken over the
+    others.
 
     Args:
         results: Of any arm; only users, queries and golds are used.
@@ -82,9 +84,12 @@ def majority(
 
 
 def label_shift(history: OwnHistory, labels: Sequence[str]) -> Floats:
-    """log((n_y + 1) / (n + L)) - log of shared's mean predicted distribution on the own history, (num_labels,).
+    """Log of the own label frequencies minus log of those that shared predicts, (num_labels,).
 
-    Zero for an empty history: nothing is known, nothing is shifted. Answers outside the label set are not counted.
+    log((n_y + 1) / (n + L)) - log of the mean predicted distribution on the own history.
+
+    Zero for an empty history: nothing is known, nothing is shifted. Answers outside the label set
+    are not counted.
 
     Raises:
         DataError: Scores and answers differ in number.
@@ -106,10 +111,10 @@ def label_shift(history: OwnHistory, labels: Sequence[str]) -> Floats:
 def prior_shift(
     results: Sequence[QueryResult], histories: Mapping[str, OwnHistory], labels: Sequence[str]
 ) -> tuple[QueryResult, ...]:
-    """Shared's results with each user's label prior corrected; empty if no labels were scored (generation).
+    """Shared's results with each user's label prior corrected; empty for generation.
 
-    The chance that shared gives to all labels together stays as it was, so that the loss per token compares with that
-    of other arms.
+    The chance that shared gives to all labels together stays as it was, so that the loss per token
+    compares with that of other arms.
 
     Args:
         results: Shared's, with label scores.
@@ -142,8 +147,8 @@ def wrong_users(
 ) -> Mapping[str, tuple[str, ...]] | None:
     """Assigns to each user `count` other users, whose adapters are each tried alone.
 
-    Each user's draw depends on the seed and the set of users only. None with fewer than count + 1 users (four by
-    default): the control is then null.
+    Each user's draw depends on the seed and the set of users only. None with fewer than count + 1
+    users (four by default): the control is then null.
 
     Raises:
         DataError: A user is named twice.
@@ -167,7 +172,8 @@ def population_items(
     Args:
         sizes: Number of items of every target user, in any order.
         user: Gets none of their own.
-        amount: As many as the user's personal adapter is trained on; fewer if the others have no more.
+        amount: As many as the user's personal adapter is trained on; fewer if the others have no
+            more.
         randomness: Of the seed.
 
     Returns:
@@ -177,7 +183,7 @@ def population_items(
     ends = np.cumsum([sizes[other] for other in others], dtype=np.int64)
     total = int(ends[-1]) if others else 0
     stream = randomness.stream("population", user)
-    drawn = np.sort(stream.choice(total, min(amount, total), replace=False)) if total else []
+    drawn = np.sort(stream.choice(total, min(amount, total), replace=False))
     owners = np.searchsorted(ends, drawn, side="right")
     return tuple(
         (others[owner], int(place - ends[owner] + sizes[others[owner]]))

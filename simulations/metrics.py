@@ -1,13 +1,15 @@
 """Metrics of answers: LaMP's official ones, and stricter ones where the official ones break.
 
-Every metric that is weighted by queries is computed in two steps: sums that add up over queries (and so over users,
-which the bootstrap resamples), and a function of the sums. Pure functions, no state.
+Every metric that is weighted by queries is computed in two steps: sums that add up over queries
+(and so over users, which the bootstrap resamples), and a function of the sums. Pure functions, no
+state.
 
-Official behaviour (LaMP, Salemi et al. 2024, https://arxiv.org/abs/2304.11406): texts are stripped; a string outside
-the label set is class -1 and always wrong; macro-F1 runs over all labels, absent ones count 0; a rating that is no
-number becomes 1 or 5, whichever is farther from the gold (5 at gold 3), and "400" or "nan" is taken at its word;
-ROUGE is `rouge_score` without stemmer, F-measure, averaged. LaMP's own script prints a bootstrap median of that
-average, which is the average up to its random noise.
+Official behaviour (LaMP, Salemi et al. 2024, https://arxiv.org/abs/2304.11406): texts are stripped;
+a string outside the label set is class -1 and always wrong; macro-F1 runs over all labels, absent
+ones count 0; a rating that is no number becomes 1 or 5, whichever is farther from the gold (5 at
+gold 3), and "400" or "nan" is taken at its word; ROUGE is `rouge_score` without stemmer, F-measure,
+averaged. LaMP's own script prints a bootstrap median of that average, which is the average up to
+its random noise.
 """
 
 import math
@@ -46,7 +48,7 @@ def accuracy(predictions: Sequence[str], golds: Sequence[str], labels: Sequence[
 
 
 def class_counts(predictions: Sequence[str], golds: Sequence[str], labels: Sequence[str]) -> Floats:
-    """True positives, false positives and false negatives of each label, (3 * num_labels,) float64."""
+    """True positives, false positives and false negatives by label, (3 * num_labels,) float64."""
     counts = np.zeros((3, len(labels)))
     for prediction, gold in zip(predictions, golds, strict=True):
         found, wanted = label_index(prediction, labels), label_index(gold, labels)
@@ -102,13 +104,13 @@ def gold_rating(text: str) -> float:
 
 
 def official_rating(text: str, gold: float) -> float:
-    """LaMP's reading of a predicted rating: any number at its word, NaN included, else the farther end."""
+    """LaMP's reading of a rating: any number at its word, even NaN; else the farther end."""
     value = _number(text)
     return worst_rating(gold) if value is None else value
 
 
 def strict_rating(text: str, gold: float) -> float:
-    """A predicted rating that cannot break a mean: clamped to 1 to 5; what is not finite is the farther end."""
+    """A rating that cannot break a mean: clamped to 1 to 5; not finite is the farther end."""
     value = _number(text)
     if value is None or not math.isfinite(value):
         return worst_rating(gold)
@@ -157,7 +159,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> Floats:
     Raises:
         DataError: There is nothing to score, or the two differ in length.
     """
-    from rouge_score.rouge_scorer import RougeScorer  # imports a tokeniser library: seconds
+    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]  # imports a tokeniser library: seconds
 
     require_pairs(predictions, references)
     names = ["rouge1", "rougeL"]

@@ -1,8 +1,9 @@
 """Panels of users: what is compared with what, before any number is made.
 
-A panel is one (task, k, profile) with all its arms over the same users. On data, a user's scores are averaged over
-seeds first; generated users of different seeds are different people. The pooled panels of task "all" put the users of
-several tasks side by side, one metric at a time, where the metric means the same in at least two tasks.
+A panel is one (task, k, profile) with all its arms over the same users. On data, a user's scores
+are averaged over seeds first; generated users of different seeds are different people. The pooled
+panels of task "all" put the users of several tasks side by side, one metric at a time, where the
+metric means the same in at least two tasks.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,18 +1,21 @@
 """Scores of each user: the user is the unit of every statistic.
 
-A user's score is the mean over the user's own queries, so that a long history weighs no more than a short one; LaMP's
-official metrics, weighted by queries, are kept beside it as sums. Three scores are ours:
+A user's score is the mean over the user's own queries, so that a long history weighs no more than a
+short one; LaMP's official metrics, weighted by queries, are kept beside it as sums. Three scores
+are ours:
 
-- *content gain*: accuracy minus its exact expectation after permuting the predictions within the user (ratings: the
-  rise of the error). 0 means that the text of the query was not used: a label prior alone cannot move it.
-- *within-user AUC*: how well the normalised label probabilities rank the user's items, averaged over the labels that
-  have both outcomes among the queries. Label frequencies hardly move it. Users without such a label are left out.
+- *content gain*: accuracy minus its exact expectation after permuting the predictions within the
+  user (ratings: the rise of the error). 0 means that the text of the query was not used: a label
+  prior alone cannot move it.
+- *within-user AUC*: how well the normalised label probabilities rank the user's items, averaged
+  over the labels that have both outcomes among the queries. Label frequencies hardly move it. Users
+  without such a label are left out.
 - *loss*: nats per token of the gold answer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Literal, Protocol
 
 import numpy as np
@@ -52,7 +55,8 @@ class QueryResult:
         query: Id of the query, unique for the user.
         gold: The gold answer.
         prediction: The greedy answer.
-        label_log_likelihoods: (num_labels,) nats, end token included; None if labels were not scored.
+        label_log_likelihoods: (num_labels,) nats, end token included; None if labels were not
+            scored.
         gold_log_likelihood: Nats, end token included; None if the gold was not scored.
         gold_tokens: Tokens of the gold answer, end token included.
     """
@@ -74,7 +78,8 @@ class Metric:
         name: In table.json.
         kinds: Kinds of task that it applies to.
         sign: 1 if higher is better, else -1: a gain is sign * (left - right).
-        combine: Of an official metric, its function of the users' summed `UserScores.sums`; None for a mean over users.
+        combine: Of an official metric, its function of the users' summed `UserScores.sums`; None
+            for a mean over users.
         pooled: Kinds whose tasks are pooled into the task "all".
         title: For people.
     """
@@ -124,8 +129,9 @@ class UserScores:
         user: Id.
         queries: Number of queries.
         values: Score by metric; None where it does not apply to this user or arm.
-        sums: Of each official metric, (replicas, width) float64: sums over the user's queries, one row for each
-            repetition whose metrics are averaged (adapters of the wrong-user control, seeds on data).
+        sums: Of each official metric, (replicas, width) float64: sums over the user's queries, one
+            row for each repetition whose metrics are averaged (adapters of the wrong-user control,
+            seeds on data).
     """
 
     user: str
@@ -135,7 +141,7 @@ class UserScores:
 
 
 def predict(label_log_likelihoods: Sequence[float], labels: Sequence[str]) -> str:
-    """The label of the highest log-likelihood, the first of equals, as greedy decoding would answer.
+    """The label of the highest log-likelihood, the first of equals: the greedy answer.
 
     Raises:
         DataError: There is not one number for each label, or one is NaN.
@@ -176,7 +182,7 @@ def score_users(results: Sequence[QueryResult], task: ScoredTask) -> tuple[UserS
     """
     ordered = sorted(results, key=lambda result: (result.user, result.query))
     keys = [(result.user, result.query) for result in ordered]
-    for before, after in zip(keys, keys[1:], strict=False):
+    for before, after in pairwise(keys):
         if before == after:
             raise DataError(f"query {after[1]} of user {after[0]} is scored twice; keep one")
     groups = groupby(ordered, key=lambda result: result.user)
@@ -261,8 +267,8 @@ def permuted_accuracy(
 ) -> float:
     """Expected accuracy after a uniformly random permutation of the predictions.
 
-    Under it each prediction meets each gold with the same chance, so the expectation over all n! permutations is
-    sum over labels of (predicted y) * (gold y) / n ** 2.
+    Under it each prediction meets each gold with the same chance, so the expectation over all n!
+    permutations is sum over labels of (predicted y) * (gold y) / n ** 2.
     """
     found = np.array([metrics.label_index(p, labels) for p in predictions])
     wanted = np.array([metrics.label_index(g, labels) for g in golds])
@@ -270,7 +276,7 @@ def permuted_accuracy(
 
 
 def permuted_mae(predictions: Sequence[str], golds: Sequence[str]) -> float:
-    """Expected (strict) MAE after a uniformly random permutation of the predictions: the mean over all pairs."""
+    """Expected strict MAE after a random permutation: the mean over all pairs."""
     wanted = [metrics.gold_rating(gold) for gold in golds]
     errors = [[abs(metrics.strict_rating(p, g) - g) for g in wanted] for p in predictions]
     return float(np.mean(errors))
@@ -293,7 +299,7 @@ def within_user_auc(results: Sequence[QueryResult], labels: Sequence[str]) -> fl
 
 
 def auc(scores: Floats, outcome: NDArray[np.bool_]) -> float | None:
-    """Chance that a positive item outranks a negative one, ties half; None without both outcomes."""
+    """Chance that a positive item outranks a negative one, ties half; None without both."""
     positive, negative = scores[outcome], scores[~outcome]
     if not positive.size or not negative.size:
         return None
@@ -310,9 +316,10 @@ def log_softmax(scores: Floats) -> Floats:
 
 
 def average_scores(replicas: Sequence[Sequence[UserScores]]) -> tuple[UserScores, ...]:
-    """Averages each user's scores over repetitions: other users' adapters (each alone), or seeds on data.
+    """Averages scores over repetitions: other users' adapters, each alone, or seeds on data.
 
-    Users that are missing in a repetition are left out of the average; the table counts who is in it.
+    Users that are missing in a repetition are left out of the average; the table counts who is in
+    it.
     """
     by_user = [{scores.user: scores for scores in replica} for replica in replicas]
     common = set(by_user[0]).intersection(*by_user[1:]) if by_user else set()

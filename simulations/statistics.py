@@ -1,8 +1,9 @@
-"""What scores of users say about users in general: a paired bootstrap, signed-rank tests, who is helped and who harmed.
+"""What scores of users say about users in general: intervals, tests, who is helped or harmed.
 
-The unit is the user. Users are resampled within their stratum (generated users within their seed, pooled users within
-their task), all arms and metrics with the same draws, so that a difference is paired. The interval is the percentile
-interval (Efron and Tibshirani 1993, chapter 13). Draws are a pure function of (seed, key): nothing is carried.
+The unit is the user. Users are resampled within their stratum (generated users within their seed,
+pooled users within their task), all arms and metrics with the same draws, so that a difference is
+paired. The interval is the percentile interval (Efron and Tibshirani 1993, chapter 13). Draws are a
+pure function of (seed, key): nothing is carried.
 
 Not covered: the uncertainty of training, except as far as several seeds are pooled.
 """
@@ -56,7 +57,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its interval; None where there is none. An interval needs two users in some stratum."""
+    """A number and its interval, None where there is none; it needs two users in a stratum."""
 
     value: float | None
     low: float | None
@@ -74,14 +75,14 @@ def mean_of(values: Sequence[float | None]) -> Statistic:
 
 
 def gain_of(left: Sequence[float | None], right: Sequence[float | None], *, sign: int) -> Statistic:
-    """The mean of sign * (left - right) over the users that have both: positive is better for left."""
+    """Mean of sign * (left - right) over the users that have both: positive if left is better."""
     return mean_of(gains(left, right, sign=sign))
 
 
 def gains(
     left: Sequence[float | None], right: Sequence[float | None], *, sign: int
 ) -> list[float | None]:
-    """sign * (left - right) of each user, None where one is missing."""
+    """Gives sign * (left - right) of each user, None where one is missing."""
     pairs = zip(left, right, strict=True)
     return [None if a is None or b is None else sign * (a - b) for a, b in pairs]
 
@@ -109,7 +110,7 @@ def bootstrap(
     for statistic in statistics:
         if len(statistic.columns) != len(strata):
             raise DataError(
-                f"a statistic of {len(statistic.columns)} users for {len(strata)} users: give one row each"
+                f"a statistic of {len(statistic.columns)} users, not {len(strata)}: give all"
             )
     columns, places = _distinct_columns(statistics)
     points = [
@@ -122,7 +123,7 @@ def bootstrap(
     for start in range(0, settings.resamples, CHUNK):
         size = min(CHUNK, settings.resamples - start)
         weights = _weights(groups, size, settings.randomness.stream("bootstrap", *key, start))
-        # einsum adds in a fixed order whatever the number of BLAS threads: the same bytes everywhere.
+        # einsum adds in a fixed order, whatever the number of BLAS threads: the same bytes.
         sums = np.einsum("ru,uc->rc", weights, columns)
         for index, statistic in enumerate(statistics):
             draws[start : start + size, index] = statistic.combine(sums[:, places[index]])
@@ -130,7 +131,7 @@ def bootstrap(
 
 
 def _distinct_columns(statistics: Sequence[Statistic]) -> tuple[Floats, list[NDArray[np.intp]]]:
-    """Each distinct column once (arms share their counts), and where each statistic finds its own."""
+    """Each distinct column once, as arms share their counts, and where each statistic's are."""
     found: dict[bytes, int] = {}
     kept: list[Floats] = []
     places: list[NDArray[np.intp]] = []
@@ -214,9 +215,10 @@ def compare_users(gains: Sequence[float | None]) -> UserComparison | None:
 def signed_rank(gains: Floats) -> float | None:
     """Two-sided p-value of Wilcoxon's signed-rank test; users without a difference are dropped.
 
-    None if no user has a difference. Exact up to 50 users without ties, else the normal approximation.
+    None if no user has a difference. Exact up to 50 users without ties, else the normal
+    approximation.
     """
-    from scipy.stats import rankdata, wilcoxon  # imported only when a table is made
+    from scipy.stats import rankdata, wilcoxon  # type: ignore[import-untyped]  # seconds
 
     # Scores are means of few queries: equal gains differ in the last bits, and must tie.
     moved = np.round(gains[np.abs(gains) > 1e-12], 12)

@@ -1,9 +1,10 @@
 """The table of a run: every arm and control with its interval, and every difference as a gain.
 
-A row is exactly {task, arm, k, profile, control, metric, value, low, high, users, queries}. Rows of the same
-(task, k, profile) come from the same draws of users, so a difference is paired; it is taken over the users that both
-sides have, and it is positive where the left side is better, whatever the metric. A metric that an arm cannot have
-is a null row; a control that does not apply (wrong-user with fewer than four target users) is null in every row.
+A row is exactly {task, arm, k, profile, control, metric, value, low, high, users, queries}. Rows of
+the same (task, k, profile) come from the same draws of users, so a difference is paired; it is
+taken over the users that both sides have, and it is positive where the left side is better,
+whatever the metric. A metric that an arm cannot have is a null row; a control that does not apply
+(wrong-user with fewer than four target users) is null in every row.
 """
 
 import json
