@@ -1,0 +1,1 @@
+"""Trains the embedded base `pocket` from generated text alone."""
