@@ -50,9 +50,12 @@ class Finding:
 
 @app.command()
 def doctor(
-    base: Annotated[str, typer.Option(help="Base to look at: pocket, a folder, or a GGUF file.")] = "pocket",
+    base: Annotated[
+        str, typer.Option(help="Base to look at: pocket, a folder, or a GGUF file.")
+    ] = "pocket",
     output: Annotated[
-        Literal["text", "json"], typer.Option("--format", help="json prints one object on standard output.")
+        Literal["text", "json"],
+        typer.Option("--format", help="json prints one object on standard output."),
     ] = "text",
 ) -> None:
     """Say what this machine has, and what of it fedoppu can use."""
@@ -65,22 +68,37 @@ def doctor(
                 if finding.hint:
                     typer.echo(f"{'':<4}  {'':<14} -> {finding.hint}")
         if any(finding.verdict == "fail" for finding in findings):
-            raise FedoppuError("this machine cannot run fedoppu as it is", hint="see the lines marked fail")
+            raise FedoppuError(
+                "this machine cannot run fedoppu as it is", hint="see the lines marked fail"
+            )
         return {"findings": [asdict(finding) for finding in findings]}
 
     run_command(command, output)
 
 
 def _machine() -> Iterator[Finding]:
-    yield Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    yield Finding("cores", "ok", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
+    yield Finding(
+        "python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    )
+    yield Finding(
+        "cores",
+        "ok",
+        str(os.cpu_count()),
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     enough = memory >= LEAST_MEMORY
-    hint = "" if enough else f"the main job was tried with {LEAST_MEMORY / 1e9:.0f} GB; set workers=1"
+    hint = (
+        "" if enough else f"the main job was tried with {LEAST_MEMORY / 1e9:.0f} GB; set workers=1"
+    )
     yield Finding("memory", "ok" if enough else "warn", f"{memory / 1e9:.1f} GB", hint)
     free = shutil.disk_usage(Path.cwd()).free
     roomy = free >= LEAST_DISK
-    yield Finding("disk", "ok" if roomy else "warn", f"{free / 1e9:.1f} GB free here", "" if roomy else "set out=FOLDER on another disk")
+    yield Finding(
+        "disk",
+        "ok" if roomy else "warn",
+        f"{free / 1e9:.1f} GB free here",
+        "" if roomy else "set out=FOLDER on another disk",
+    )
 
 
 def _packages() -> Iterator[Finding]:
@@ -89,7 +107,12 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, "ok", importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             verdict: Literal["warn", "fail"] = "fail" if extra in ("", "client") else "warn"
-            yield Finding(name, verdict, f"not installed: needed for {purpose}", f"pip install 'fedoppu[{extra}]'")
+            yield Finding(
+                name,
+                verdict,
+                f"not installed: needed for {purpose}",
+                f"pip install 'fedoppu[{extra}]'",
+            )
 
 
 def _model(base: str) -> Iterator[Finding]:
@@ -97,7 +120,11 @@ def _model(base: str) -> Iterator[Finding]:
         import torch
     except ImportError:
         return
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none: everything runs on the CPU"
+    device = (
+        torch.cuda.get_device_name(0)
+        if torch.cuda.is_available()
+        else "none: everything runs on the CPU"
+    )
     yield Finding("gpu", "ok", device)
     yield Finding("cpu kernels", "ok", torch.backends.cpu.get_cpu_capability())
     from fedoppu.client.model import resolve_base
@@ -107,7 +134,7 @@ def _model(base: str) -> Iterator[Finding]:
     except FedoppuError as error:
         yield Finding("base", "fail", str(error), error.hint)
         return
-    value = f"{facts.name}: {facts.num_parameters / 1e6:.1f} M parameters, context {facts.max_tokens}, hash {facts.hash[:12]}"
-    yield Finding("base", "ok", value)
+    size = f"{facts.num_parameters / 1e6:.1f} M parameters, context {facts.max_tokens}"
+    yield Finding("base", "ok", f"{facts.name}: {size}, hash {facts.hash[:12]}")
     kinds = sorted({name.rsplit(".", 1)[-1] for name in facts.linear})
     yield Finding("adapted", "ok", f"{len(facts.linear)} linear layers: {', '.join(kinds)}")

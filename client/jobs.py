@@ -1,4 +1,4 @@
-"""What the trainer is asked and what it answers: plain data, the same for the shared phase, the personal phase and every baseline.
+"""What the trainer is asked and what it answers: plain data, the same for both phases and every baseline.
 
 None of these types has a wire form. Only the round handler makes a `LocalUpdate` of a `TrainedAdapter`, and only
 `client/release.py` turns that into something that can be sent.
@@ -69,7 +69,8 @@ class TrainedAdapter:
         steps: Optimiser steps.
         tokens: Tokens that went forward and backward.
         train_loss: Mean loss per answer token over the last epoch, nats; NaN without examples.
-        held_out_loss: Mean loss per answer token of each held-out example under the start, averaged, nats; None without any.
+        held_out_loss: Loss per answer token of each held-out example under the start, averaged, nats;
+            None without any.
     """
 
     id: str
@@ -111,7 +112,10 @@ class LocalTrainer(Protocol):
         on_progress: Callable[[Progress], None] = lambda progress: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[TrainedAdapter | ClientFailure]:
-        """Trains each job's adapter; answers in the order of the jobs, and ends early when `should_stop()` turns true."""
+        """Trains each job's adapter; answers in the order of the jobs.
+
+        It ends early, without the answers that are left, when `should_stop()` turns true.
+        """
 
 
 @dataclass(frozen=True)

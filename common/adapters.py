@@ -48,7 +48,9 @@ class AdapterSpec:
     alpha: float = 8.0
 
     @classmethod
-    def from_base(cls, base: BaseFacts, targets: tuple[str, ...], *, rank: int, alpha: float) -> "AdapterSpec":
+    def from_base(
+        cls, base: BaseFacts, targets: tuple[str, ...], *, rank: int, alpha: float
+    ) -> "AdapterSpec":
         """Reads the adapted matrices off a base.
 
         Args:
@@ -60,15 +62,25 @@ class AdapterSpec:
         Raises:
             BaseModelError: A target names no linear layer of the base; the message lists those that it has.
         """
-        chosen = [name for name in base.linear if targets == ("all-linear",) or name.rsplit(".", 1)[-1] in targets]
+        chosen = [
+            name
+            for name in base.linear
+            if targets == ("all-linear",) or name.rsplit(".", 1)[-1] in targets
+        ]
         kinds = {name.rsplit(".", 1)[-1] for name in base.linear}
         missing = set(targets) - kinds - {"all-linear"}
         if missing or not chosen:
+            wanted, there = ", ".join(sorted(missing)), ", ".join(sorted(kinds))
             raise BaseModelError(
-                f"base {base.name} has no target module {', '.join(sorted(missing))}; it has {', '.join(sorted(kinds))}",
+                f"base {base.name} has no target module {wanted}; it has {there}",
                 hint="set shared.adapter.targets and personal.adapter.targets to some of these, or to all-linear",
             )
-        return cls(base.hash, tuple(Target(name, *base.linear[name]) for name in sorted(chosen)), rank, alpha)
+        return cls(
+            base.hash,
+            tuple(Target(name, *base.linear[name]) for name in sorted(chosen)),
+            rank,
+            alpha,
+        )
 
     @property
     def scale(self) -> float:
@@ -76,7 +88,7 @@ class AdapterSpec:
         return self.alpha / self.rank
 
     def shapes(self, factors: tuple[Factor, ...] = BOTH) -> dict[str, tuple[int, int]]:
-        """Tensor names and shapes, in the order of the flat vector: "{module}.A" (rank, in), "{module}.B" (out, rank)."""
+        """Names and shapes in the order of the flat vector: "{module}.A" (rank, in), "{module}.B" (out, rank)."""
         shapes: dict[str, tuple[int, int]] = {}
         for target in self.targets:
             if "A" in factors:
@@ -91,20 +103,28 @@ class AdapterSpec:
 
     def flatten(self, tensors: Tensors, factors: tuple[Factor, ...] = BOTH) -> NDArray[np.float32]:
         """The chosen factors as one (num_params,) float32 vector."""
-        return np.concatenate([tensors[name].reshape(-1) for name in self.shapes(factors)]).astype(np.float32)
+        return np.concatenate([tensors[name].reshape(-1) for name in self.shapes(factors)]).astype(
+            np.float32
+        )
 
-    def unflatten(self, vector: NDArray[np.float32], factors: tuple[Factor, ...] = BOTH) -> dict[str, NDArray[np.float32]]:
+    def unflatten(
+        self, vector: NDArray[np.float32], factors: tuple[Factor, ...] = BOTH
+    ) -> dict[str, NDArray[np.float32]]:
         """The inverse of `flatten`.
 
         Raises:
             AdapterError: The vector has another length than the adapter has parameters.
         """
         if vector.shape != (self.num_params(factors),):
-            raise AdapterError(f"an adapter vector must have shape ({self.num_params(factors)},), got {vector.shape}")
+            raise AdapterError(
+                f"an adapter vector must have shape ({self.num_params(factors)},), got {vector.shape}"
+            )
         tensors: dict[str, NDArray[np.float32]] = {}
         start = 0
         for name, (rows, columns) in self.shapes(factors).items():
-            tensors[name] = vector[start : start + rows * columns].reshape(rows, columns).astype(np.float32)
+            tensors[name] = (
+                vector[start : start + rows * columns].reshape(rows, columns).astype(np.float32)
+            )
             start += rows * columns
         return tensors
 
@@ -125,7 +145,9 @@ class Adapter:
 
     def digest(self) -> str:
         """SHA-256 over base, parent, scale, names, shapes and values, as hex."""
-        digest = hashlib.sha256(f"{self.spec.base_hash} {self.parent} {self.spec.rank} {self.spec.alpha!r}".encode())
+        digest = hashlib.sha256(
+            f"{self.spec.base_hash} {self.parent} {self.spec.rank} {self.spec.alpha!r}".encode()
+        )
         for name, shape in self.spec.shapes().items():
             digest.update(f"{name} {shape}".encode())
             digest.update(np.ascontiguousarray(self.tensors[name], dtype="<f4").tobytes())
@@ -154,7 +176,9 @@ def _short(digest: str | None) -> str:
     return digest[:12] if digest else "none"
 
 
-def initial_adapter(spec: AdapterSpec, randomness: Randomness, *key: str | int, parent: str | None = None) -> Adapter:
+def initial_adapter(
+    spec: AdapterSpec, randomness: Randomness, *key: str | int, parent: str | None = None
+) -> Adapter:
     """A fresh adapter: A uniform in +-1/sqrt(in), as PEFT draws it, B zero, so that it changes nothing yet.
 
     Args:
@@ -167,6 +191,8 @@ def initial_adapter(spec: AdapterSpec, randomness: Randomness, *key: str | int, 
     for target in spec.targets:
         bound = 1.0 / np.sqrt(target.in_features)
         stream = randomness.stream("adapter", target.name, *key)
-        tensors[f"{target.name}.A"] = stream.uniform(-bound, bound, (spec.rank, target.in_features)).astype(np.float32)
+        tensors[f"{target.name}.A"] = stream.uniform(
+            -bound, bound, (spec.rank, target.in_features)
+        ).astype(np.float32)
         tensors[f"{target.name}.B"] = np.zeros((target.out_features, spec.rank), np.float32)
     return Adapter(spec, tensors, parent)

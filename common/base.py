@@ -1,7 +1,7 @@
 """Facts of a base model, read from its files without torch: its hash and its linear layers.
 
-Base hash = SHA-256 over config, tokenizer and the sorted (name, dtype, shape, bytes) of the tensors; for a GGUF file, of
-the file itself (design decision 12). Two folders with the same hash compute the same.
+Base hash = SHA-256 over config, tokenizer and the sorted (name, dtype, shape, bytes) of the tensors; for a GGUF file,
+of the file itself (design decision 12). Two folders with the same hash compute the same.
 """
 
 import hashlib
@@ -52,7 +52,11 @@ def read_base(path: Path, *, name: str = "", hash_of: Path | None = None) -> Bas
     """
     config = _read_json(path / "config.json")
     headers = {file: _header(file) for file in _safetensors(path)}
-    tensors = {key: tuple(entry["shape"]) for header, _ in headers.values() for key, entry in header.items()}
+    tensors = {
+        key: tuple(entry["shape"])
+        for header, _ in headers.values()
+        for key, entry in header.items()
+    }
     linear = {
         key.removesuffix(".weight"): (shape[0], shape[1])
         for key, shape in sorted(tensors.items())
@@ -60,14 +64,23 @@ def read_base(path: Path, *, name: str = "", hash_of: Path | None = None) -> Bas
     }
     digest = _file_hash(hash_of) if hash_of else _folder_hash(path, headers)
     count = sum(_size(shape) for shape in tensors.values())
-    return BaseFacts(name or str(path), path, digest, count, int(config.get("max_position_embeddings", 1024)), linear)
+    return BaseFacts(
+        name or str(path),
+        path,
+        digest,
+        count,
+        int(config.get("max_position_embeddings", 1024)),
+        linear,
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BaseModelError(f"base {path.parent} has no {path.name}", hint="base= takes a transformers folder") from None
+        raise BaseModelError(
+            f"base {path.parent} has no {path.name}", hint="base= takes a transformers folder"
+        ) from None
     except ValueError as error:
         raise BaseModelError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -78,7 +91,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _safetensors(path: Path) -> list[Path]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise BaseModelError(f"base {path} has no .safetensors file", hint="convert it with save_pretrained")
+        raise BaseModelError(
+            f"base {path} has no .safetensors file", hint="convert it with save_pretrained"
+        )
     return files
 
 

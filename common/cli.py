@@ -1,7 +1,7 @@
 """How every command ends: one envelope for machines, one line for people, one exit code for both.
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 connection or authentication, 4 time-out, 5 a bug of ours, 6 refused by policy or
-consent, 130 interrupted. With `--format json`, standard output holds one JSON object and nothing else:
+Exit codes: 0 done, 1 failed, 2 usage, 3 connection or authentication, 4 time-out, 5 a bug of ours, 6 refused by
+policy or consent, 130 interrupted. With `--format json`, standard output holds one JSON object and nothing else:
 `{schema_version, status, data}` or `{schema_version, status, error_code, message, hint}`.
 """
 
@@ -36,7 +36,13 @@ def run_command(command: Callable[[], dict[str, Any]], output: Format) -> None:
     except Exception as error:
         if output == "text":
             sys.stderr.write(traceback.format_exc())
-        _fail(output, 5, "bug", f"{type(error).__name__}: {error}{_where(error)}", "this is a bug of fedoppu")
+        _fail(
+            output,
+            5,
+            "bug",
+            f"{type(error).__name__}: {error}{_where(error)}",
+            "this is a bug of fedoppu",
+        )
     else:
         if output == "json":
             _write({"schema_version": SCHEMA_VERSION, "status": "ok", "data": data})
@@ -53,7 +59,11 @@ def _fail(output: Format, exit_code: int, code: str, message: str, hint: str) ->
 
 def _where(error: BaseException) -> str:
     """Innermost frame of our own code."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "site-packages" not in frame.filename
+    ]
     return f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
 
 

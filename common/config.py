@@ -224,7 +224,9 @@ class PersonalSettings:
     """
 
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
-    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(batch_size=4, schedule="constant"))
+    training: TrainingSettings = field(
+        default_factory=lambda: TrainingSettings(batch_size=4, schedule="constant")
+    )
     wrong_users: int = 3
 
     def __post_init__(self) -> None:

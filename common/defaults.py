@@ -53,7 +53,11 @@ def _personal_defaults(parameters: int, task: str) -> _Defaults:
     if parameters >= SMALL:
         generative = _Defaults(ALL_LINEAR, 1e-3, epochs=2, newest=48)
         return generative if task in GENERATIVE else _Defaults(attention, 1e-3, epochs=4, newest=64)
-    return _Defaults(ALL_LINEAR, 1e-3, epochs=5) if task in GENERATIVE else _Defaults(attention, 3e-3, epochs=5)
+    return (
+        _Defaults(ALL_LINEAR, 1e-3, epochs=5)
+        if task in GENERATIVE
+        else _Defaults(attention, 3e-3, epochs=5)
+    )
 
 
 def _fill_adapter(settings: AdapterSettings, defaults: _Defaults) -> AdapterSettings:
@@ -63,7 +67,9 @@ def _fill_adapter(settings: AdapterSettings, defaults: _Defaults) -> AdapterSett
 def _fill_training(settings: TrainingSettings, defaults: _Defaults) -> TrainingSettings:
     return replace(
         settings,
-        learning_rate=defaults.learning_rate if settings.learning_rate is None else settings.learning_rate,
+        learning_rate=defaults.learning_rate
+        if settings.learning_rate is None
+        else settings.learning_rate,
         epochs=defaults.epochs if settings.epochs is None else settings.epochs,
         newest=defaults.newest if settings.newest is None else settings.newest,
     )
@@ -73,22 +79,32 @@ def shared_settings(run: RunConfig, base: BaseFacts) -> SharedSettings:
     """The shared phase without any null."""
     defaults = _shared_defaults(base.num_parameters, run.shared.aggregation)
     training = _fill_training(run.shared.training, defaults)
-    return replace(run.shared, adapter=_fill_adapter(run.shared.adapter, defaults), training=training)
+    return replace(
+        run.shared, adapter=_fill_adapter(run.shared.adapter, defaults), training=training
+    )
 
 
 def personal_settings(run: RunConfig, base: BaseFacts, task: str) -> PersonalSettings:
     """The personal phase of a task without any null."""
     defaults = _personal_defaults(base.num_parameters, task)
     training = _fill_training(run.personal.training, defaults)
-    return replace(run.personal, adapter=_fill_adapter(run.personal.adapter, defaults), training=training)
+    return replace(
+        run.personal, adapter=_fill_adapter(run.personal.adapter, defaults), training=training
+    )
 
 
 def rounds_of(run: RunConfig, base_users: int) -> int:
     """Rounds of the shared phase: as set, or so many that the base users' items are passed over three times."""
-    return run.rounds if run.rounds is not None else math.ceil(PASSES * base_users / min(run.cohort, base_users))
+    return (
+        run.rounds
+        if run.rounds is not None
+        else math.ceil(PASSES * base_users / min(run.cohort, base_users))
+    )
 
 
-def federation(run: RunConfig, base: BaseFacts, *, task: str, k: int, profile: str, base_users: int, seed: int) -> FederationConfig:
+def federation(
+    run: RunConfig, base: BaseFacts, *, task: str, k: int, profile: str, base_users: int, seed: int
+) -> FederationConfig:
     """What all parties of one federation of a run agree on."""
     return FederationConfig(
         task=task,

@@ -55,7 +55,9 @@ class Randomness:
 
     def stream(self, purpose: str, *key: Key) -> np.random.Generator:
         """A generator for (purpose, key), the same whenever and wherever it is asked for."""
-        return np.random.Generator(np.random.PCG64(int.from_bytes(self.secret(purpose, *key), "big")))
+        return np.random.Generator(
+            np.random.PCG64(int.from_bytes(self.secret(purpose, *key), "big"))
+        )
 
     def child(self, purpose: str, *key: Key) -> "Randomness":
         """A root of its own for (purpose, key), to hand to a part that must not see this one."""

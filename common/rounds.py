@@ -1,7 +1,7 @@
 """One round of secure aggregation, as data: its plan, and the events of the two state machines.
 
-The plan's SHA-256 is the *context*: it is in every signature, HKDF info, associated data, dither and
-noise stream, so that nothing made for one attempt means anything in another (spec of secure
+The plan's SHA-256 is the *context*: it is in every signature, HKDF info, associated data, dither
+and noise stream, so that nothing made for one attempt means anything in another (spec of secure
 aggregation, rule 1). No other message sets any of these values.
 """
 

@@ -19,7 +19,9 @@ SETTINGS_HELP = (
 @app.command()
 def simulate(
     settings: Annotated[list[str] | None, typer.Argument(help=SETTINGS_HELP)] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML of the same keys; key=value wins.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML of the same keys; key=value wins.")
+    ] = None,
     output: Annotated[
         Literal["text", "json"],
         typer.Option("--format", help="json prints one object on standard output."),

@@ -32,7 +32,9 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Prints a warning, whatever the settings say about progress."""
-        RichConsole(stderr=True, highlight=False).print(f"warning: {text}", style="yellow", markup=False)
+        RichConsole(stderr=True, highlight=False).print(
+            f"warning: {text}", style="yellow", markup=False
+        )
 
     def round_done(self, record: Row, rounds: int) -> None:
         """Prints one round of the shared phase, from its deterministic metrics."""
@@ -49,7 +51,9 @@ class Console:
         begun = time.monotonic()
         for done, result in enumerate(work, 1):
             left = (time.monotonic() - begun) / done * (total - done)
-            self.say(f"  {name} {done}/{total}" + (f"  about {left:.0f} s left" if done < total else ""))
+            self.say(
+                f"  {name} {done}/{total}" + (f"  about {left:.0f} s left" if done < total else "")
+            )
             yield result
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from fedoppu.client.tasks import TASKS, Task
+from fedoppu.client.tasks import Task
 from fedoppu.common.commit import commit_file
 from fedoppu.common.config import RunConfig
 from fedoppu.common.errors import UsageError
@@ -77,7 +77,9 @@ def chosen_arms(run: RunConfig) -> tuple[str, ...]:
     """
     unknown = set(run.arms) - set(ALL_ARMS) - {"all"}
     if unknown:
-        raise UsageError(f"arms must be all or some of {', '.join(ALL_ARMS)}, got {', '.join(sorted(unknown))}")
+        raise UsageError(
+            f"arms must be all or some of {', '.join(ALL_ARMS)}, got {', '.join(sorted(unknown))}"
+        )
     return ALL_ARMS if "all" in run.arms else tuple(arm for arm in ALL_ARMS if arm in run.arms)
 
 
@@ -105,7 +107,13 @@ def _train(
 ) -> list[TrainedRow]:
     pooled = _pooled(work) if "population" in arms else {}
     groups = [
-        TrainGroup(users, arms, work.shared, work.adapters, {user: pooled[user] for user in users if pooled})
+        TrainGroup(
+            users,
+            arms,
+            work.shared,
+            work.adapters,
+            {user: pooled[user] for user in users if pooled},
+        )
         for users in _groups(work)
     ]
     done = console.steps("personal adapters", executor.map(train_group, groups), len(groups))
@@ -124,9 +132,14 @@ def _pooled(work: Evaluation) -> Mapping[str, tuple[tuple[str, int], ...]]:
 def _score(
     work: Evaluation, executor: GroupExecutor, console: Console, arms: tuple[str, ...]
 ) -> GroupAnswers:
-    wrong = wrong_users(work.users.target, work.run.personal.wrong_users, randomness=work.randomness) or {}
+    wrong = (
+        wrong_users(work.users.target, work.run.personal.wrong_users, randomness=work.randomness)
+        or {}
+    )
     groups = [
-        ScoreGroup(users, arms, work.shared, work.adapters, {user: wrong[user] for user in users if wrong})
+        ScoreGroup(
+            users, arms, work.shared, work.adapters, {user: wrong[user] for user in users if wrong}
+        )
         for users in _groups(work)
     ]
     done = console.steps("scored groups", executor.map(score_group, groups), len(groups))
@@ -150,7 +163,9 @@ def _arms(work: Evaluation, answers: GroupAnswers) -> Iterator[Arm]:
     for arm in SCORED_ARMS:
         if (arm, None) in results:
             yield Arm(arm, None, score_users(results[arm, None], task))
-    wrong = [score_users(values, task) for (_, index), values in results.items() if index is not None]
+    wrong = [
+        score_users(values, task) for (_, index), values in results.items() if index is not None
+    ]
     if ("personal", None) in results:
         yield Arm("personal", WRONG_USER, average_scores(wrong))
     any_arm = next(iter(results.values()))

@@ -1,11 +1,11 @@
 """The personal phase of a group of virtual users, and their answers under every arm.
 
-Arms (spec of the method, 5.1): `base`; `shared`; `local`, a personal adapter on the base alone; `population`, an adapter
-on shared that is trained on as many items pooled from other target users; `personal`, ours. The control `wrong_user` is
-personal under other users' adapters, each alone, with the own history, profile and retrieval.
+Arms: `base`; `shared`; `local`, a personal adapter on the base alone; `population`, an adapter on shared that is trained
+on as many items pooled from other target users; `personal`, ours. The control `wrong_user` is personal under other
+users' adapters, each alone, with the own history, profile and retrieval.
 
-Both functions that work on a group are module-level and take plain references, so that any process can run them. Nothing
-of a user is read by another user's job, but for the two controls that are about other users.
+Both functions that work on a group are module-level and take plain references, so that any process can run them.
+Nothing of a user is read by another user's job, but for the two controls that are about other users.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -105,7 +105,9 @@ def train_group(worker: Worker, group: TrainGroup) -> tuple[TrainedRow, ...]:
     shared = load_adapter(group.shared)
     examples = _Examples(worker)
     jobs = [
-        _job(worker, user, arm=arm, shared=shared, examples=examples.of_arm(user, arm, group.pooled))
+        _job(
+            worker, user, arm=arm, shared=shared, examples=examples.of_arm(user, arm, group.pooled)
+        )
         for arm in group.arms
         for user in group.users
     ]
@@ -113,7 +115,9 @@ def train_group(worker: Worker, group: TrainGroup) -> tuple[TrainedRow, ...]:
     for trained in worker.trainer.update_many(jobs):
         arm, user = trained.id.split("/", 1)
         if isinstance(trained, ClientFailure):
-            raise ClientFailed(f"the {arm} adapter of user {user} could not be trained: {trained.message}")
+            raise ClientFailed(
+                f"the {arm} adapter of user {user} could not be trained: {trained.message}"
+            )
         save_adapter(group.adapters / arm / user, trained.adapter, base_name=worker.base.facts.name)
         rows.append(_row(arm, user, trained))
     return tuple(rows)
@@ -185,11 +189,20 @@ def score_group(worker: Worker, group: ScoreGroup) -> GroupAnswers:
     asked = [prepared for user in group.users for prepared in _prepare(worker, user)]
     results: dict[tuple[str, int | None], Sequence[QueryResult]] = {}
     for arm, control in _columns(group):
-        stacks = {user: _stack(worker, group, user, arm=arm, control=control, shared=shared) for user in group.users}
+        stacks = {
+            user: _stack(worker, group, user, arm=arm, control=control, shared=shared)
+            for user in group.users
+        }
         results[arm, control] = _answer(worker, asked, stacks)
     answers = {user: _own_answers(worker, user) for user in group.users}
-    own = {user: _own_history(worker, user, shared) for user in group.users} if "shared" in group.arms else {}
-    return GroupAnswers(results, {user: history for user, history in own.items() if history}, answers)
+    own = (
+        {user: _own_history(worker, user, shared) for user in group.users}
+        if "shared" in group.arms
+        else {}
+    )
+    return GroupAnswers(
+        results, {user: history for user, history in own.items() if history}, answers
+    )
 
 
 def _columns(group: ScoreGroup) -> Iterable[tuple[str, int | None]]:
@@ -209,7 +222,9 @@ class _Asked:
 def _prepare(worker: Worker, user: str) -> list[_Asked]:
     history, queries = worker_history(worker, user)
     profile = worker.profile(user, history)
-    return [_Asked(user, worker.prompts.query(history, query, profile=profile)) for query in queries]
+    return [
+        _Asked(user, worker.prompts.query(history, query, profile=profile)) for query in queries
+    ]
 
 
 def _stack(
@@ -222,7 +237,9 @@ def _stack(
         return (shared,)
     owner = user if control is None else group.wrong[user][control]
     parent = None if arm == "local" else shared.digest()
-    own = load_adapter(group.adapters / arm / owner).require(base_hash=worker.config.base_hash, parent=parent)
+    own = load_adapter(group.adapters / arm / owner).require(
+        base_hash=worker.config.base_hash, parent=parent
+    )
     return (own,) if arm == "local" else (shared, own)
 
 
@@ -232,7 +249,8 @@ def _answer(
     if worker.task.kind == "generation":
         return _generate(worker, asked, stacks)
     queries = [
-        ModelQuery(one.query.id, one.query.prompt, stacks[one.user], labels=one.query.labels) for one in asked
+        ModelQuery(one.query.id, one.query.prompt, stacks[one.user], labels=one.query.labels)
+        for one in asked
     ]
     return [
         labelled_result(
@@ -260,7 +278,9 @@ def _generate(
         )
         for one in asked
     ]
-    answered = zip(asked, worker.predictor.score(queries), worker.predictor.generate(queries), strict=True)
+    answered = zip(
+        asked, worker.predictor.score(queries), worker.predictor.generate(queries), strict=True
+    )
     return [
         QueryResult(
             user=one.user,
@@ -278,7 +298,9 @@ def _generate(
 def _own_answers(worker: Worker, user: str) -> tuple[str, ...]:
     """The answers of the own history; empty where an item has no answer of the task's kind (LaMP-1, generation)."""
     history, _ = worker_history(worker, user)
-    return tuple(answer for item in history if (answer := worker.task.history_label(item.fields)) is not None)
+    return tuple(
+        answer for item in history if (answer := worker.task.history_label(item.fields)) is not None
+    )
 
 
 def _own_history(worker: Worker, user: str, shared: Adapter) -> OwnHistory | None:
@@ -301,4 +323,6 @@ def pooled_items(
 ) -> dict[str, tuple[tuple[str, int], ...]]:
     """For each user the items of the population arm: as many as the personal adapter is trained on."""
     amounts = {user: min(sizes[user], newest) if newest else sizes[user] for user in users}
-    return {user: population_items(sizes, user, amounts[user], randomness=randomness) for user in users}
+    return {
+        user: population_items(sizes, user, amounts[user], randomness=randomness) for user in users
+    }

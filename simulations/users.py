@@ -72,7 +72,9 @@ def _write_generated(run: RunConfig, task: str, seed: int, folder: Path) -> None
 
 def _write_imported(run: RunConfig, task: str, folder: Path) -> None:
     data = read_lamp(Path(run.data or ""), task)
-    chosen = split(data.target, data.base, users=run.users, base_users=run.base_users, queries=run.queries)
+    chosen = split(
+        data.target, data.base, users=run.users, base_users=run.base_users, queries=run.queries
+    )
     _require_users(chosen.target, 1, "target", run)
     _require_users(chosen.base, 2, "base", run)
     write_users(folder, chosen.target, chosen.base)
