@@ -30,6 +30,12 @@ from fedoppu.common.config import PromptSettings, RetrieverSettings
 from fedoppu.common.errors import DataError, UsageError
 
 
+WRITE_PROFILE = (
+    "Below are things that one person wrote or chose, the newest first. Describe in one or two "
+    "sentences what this person likes and how they write."
+)
+
+
 class PromptTokenizer(Protocol):
     """What a prompt needs of a base's tokenizer."""
 
@@ -237,6 +243,35 @@ class PromptBuilder:
     ) -> PreparedQuery:
         """Prepares one query; see `queries`."""
         return self.queries(history, [query], profile=profile)[0]
+
+    @property
+    def profile_tokens(self) -> int:
+        """Budget of a profile."""
+        return self._prompt.profile_tokens
+
+    def label_tokens(self) -> tuple[Tokens, ...]:
+        """Token ids of the task's labels, end token included, in the task's order."""
+        return self._labels
+
+    def profile_prompt(self, history: Sequence[HistoryItem]) -> Tokens:
+        """Asks the base to describe the user in words, from items of the history.
+
+        Args:
+            history: Items to show, the oldest first; as many of the newest as fit are shown.
+
+        Returns:
+            (prompt_tokens,) int32, which leave room for `prompt.profile_tokens` of answer.
+
+        Raises:
+            DataError: An item is not of the task, or the base cannot hold the question alone.
+        """
+        for item in history:
+            self._item_format(item)
+        blocks = self._blocks(history, [tuple(range(len(history)))])
+        newest_first = tuple(blocks[at] for at in reversed(range(len(history))))
+        words = PromptFormat("profile:", "", WRITE_PROFILE)
+        plan = replace(self._plan("the profile", words, {}), blocks=newest_first)
+        return self._fit(plan, self._prompt.profile_tokens + 1)
 
     def answer(self, tokens: Sequence[int]) -> str:
         """The text of a generated answer: up to the end token, without space around it."""

@@ -160,6 +160,12 @@ class Task:
                 return shape
         raise DataError(f"{self.name}: an item needs a {self.items[-1].target} that is not empty")
 
+    def history_label(self, fields: Mapping[str, str]) -> str | None:
+        """The label of a history item, or None where the task's items carry none of its labels."""
+        if not self.labels or not self.items_are_queries:
+            return None
+        return fields[self.item_format(fields).target]
+
     def check_target(self, value: str) -> None:
         """Checks that a gold or an item's answer is one that the task knows.
 
