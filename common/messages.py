@@ -472,6 +472,11 @@ def read_reply(stage: Stage, content: RecordDict, sender: str) -> Reply:
     return _REPLIES[stage](f"{stage} of {sender}", content)
 
 
+def payload_bytes(content: RecordDict) -> int:
+    """Bytes of all values and names of a message, without Flower's own framing."""
+    return sum(record.count_bytes() for record in content.values())
+
+
 def is_server_event(request: Request) -> ServerEvent:
     """The protocol's event inside a request."""
     return request.event if isinstance(request, Opening | Training | PlainTraining) else request
