@@ -24,13 +24,13 @@ FREQUENT = 5
 LEADING_LABELS = 3
 _SENTENCE_END = re.compile(r"[.!?]")
 # Words that say nothing about a person; a word must also have three letters.
-_COMMON = frozenset(
-    "about after all also and any are because been before but can could did does for from get had "
-    "has have her here him his how into its just like may more most new not now off one only our "
-    "out over said she should some such than that the their them then there these they this those "
-    "too two under use used using very via was way well were what when where which while who why "
-    "will with would you your".split()
-)
+_COMMON_WORDS = """
+about after all also and any are because been before but can could did does for from get had has have
+her here him his how into its just like may more most new not now off one only our out over said she
+should some such than that the their them then there these they this those too two under use used
+using very via was way well were what when where which while who why will with would you your
+"""
+_COMMON = frozenset(_COMMON_WORDS.split())
 
 
 def template_profile(task: Task, history: Sequence[HistoryItem]) -> str:

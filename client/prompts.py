@@ -29,7 +29,6 @@ from fedoppu.client.vault import HistoryItem
 from fedoppu.common.config import PromptSettings, RetrieverSettings
 from fedoppu.common.errors import DataError, UsageError
 
-
 WRITE_PROFILE = (
     "Below are things that one person wrote or chose, the newest first. Describe in one or two "
     "sentences what this person likes and how they write."
