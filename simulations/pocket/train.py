@@ -214,7 +214,7 @@ def make(seed: int, out: Path, settings: Settings) -> float:
     tokenizer = train_tokenizer(seed, settings)
     model = build_model(seed, settings)
     loss = fit(model, tokenizer, seed, settings)
-    model.half().save_pretrained(out)
+    model.half().save_pretrained(out)  # type: ignore[no-untyped-call]
     tokenizer.save_pretrained(out)
     return loss
 

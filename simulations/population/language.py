@@ -45,11 +45,11 @@ TEMPLATES: Final[Mapping[Genre, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "movie": (
         (
             "A {adj} {who} in {where} finds a {t} and has to save the {t} before {when}.",
-            "When a {t} disappears from {where}, one {who} follows the {t} through a {adj}"
-            " {thing}.Two people meet over a {t} in {where} and lose their {t} on a {adj}"
-            " {when}.After the {t} {verb} {where}, a {who} inherits a {t} and a {adj} {thing}.The"
-            " last {t} of {where} belongs to a {who} whose {t} {verb} the {thing}.On a {adj}"
-            " {when} a {who} wakes up in {where} beside a {t} and a {t}.",
+            "When a {t} disappears from {where}, a {who} follows the {t} through a {adj} {thing}.",
+            "Two people meet over a {t} in {where} and lose their {t} on a {adj} {when}.",
+            "After the {t} {verb} {where}, a {who} inherits a {t} and a {adj} {thing}.",
+            "The last {t} of {where} belongs to a {who} whose {t} {verb} the {thing}.",
+            "On a {adj} {when} a {who} wakes up in {where} beside a {t} and a {t}.",
         ),
         (
             "But the {t} hides a {adj} {thing}, and the {t} wants it back.",
