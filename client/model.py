@@ -112,6 +112,11 @@ class LoadedBase:
     model: PreTrainedModel = field(repr=False)
     tokenizer: BaseTokenizer = field(repr=False)
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding: token ids are below it."""
+        return int(cast(Any, self.model).get_input_embeddings().weight.shape[0])
+
 
 def resolve_base(name: str) -> BaseFacts:
     """Finds a base and reads its facts; nothing is loaded.

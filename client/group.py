@@ -1,0 +1,235 @@
+"""A group of users that are trained together: one forward and backward for all of them a step.
+
+The users of a group share a spec, the trainable factors and the specs of what is frozen under
+them. They do not share anything else: each has its own settings, examples, order, learning rates,
+number of steps, gradient norm and dropout. Users are sorted by their number of steps, so that those
+who are not finished are the first rows of every matrix, and the others are not touched.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from fedoppu.client.batches import Row, TokenBatch, pack
+from fedoppu.client.model import LoadedBase
+from fedoppu.client.multi_lora import Factors, Level, logits_at, stack_levels
+from fedoppu.client.optimizer import UserAdamW, user_rules
+from fedoppu.client.plans import Plan
+from fedoppu.common.adapters import Adapter, Factor
+from fedoppu.common.errors import ClientFailed
+
+
+@dataclass
+class Tally:
+    """What one user's training has seen so far.
+
+    Attributes:
+        tokens: Input tokens that went forward and backward.
+        loss: Sum of the answer tokens' losses over the last epoch, nats.
+        answer_tokens: Number of them.
+        error: Why the user's training was given up, or None.
+    """
+
+    tokens: int = 0
+    loss: float = 0.0
+    answer_tokens: int = 0
+    error: ClientFailed | None = None
+
+
+class Group:
+    """Trains the users of some plans; nothing of the base or of the plans is changed.
+
+    Attributes:
+        plans: Sorted by their number of steps, most first; a user's index is its row.
+        tallies: Of each user.
+    """
+
+    def __init__(self, base: LoadedBase, plans: Sequence[Plan]) -> None:
+        """Stack the plans' adapters; they share a spec, the trainable factors, the frozen specs."""
+        self.plans = sorted(plans, key=lambda plan: -plan.steps)
+        self.tallies = [Tally() for _ in self.plans]
+        self._base = base
+        jobs = [plan.job for plan in self.plans]
+        self._spec = jobs[0].start.spec
+        self._trainable: tuple[Factor, ...] = jobs[0].trainable
+        starts = [job.start for job in jobs]
+        self._frozen = stack_levels([job.frozen for job in jobs])
+        self._start = stack_levels([(start,) for start in starts])[0]
+        self._optimizer = UserAdamW(
+            np.stack([self._spec.flatten(start.tensors, self._trainable) for start in starts]),
+            user_rules(
+                [job.settings for job in jobs],
+                [job.anchor for job in jobs],
+                starts,
+                factors=self._trainable,
+            ),
+        )
+        self._active = 0
+        self._leaves: dict[str, tuple[Tensor, Tensor]] = {}
+        self._own = self._start
+
+    @property
+    def steps(self) -> int:
+        """Steps of the user with most of them."""
+        return self.plans[0].steps
+
+    def held_out_losses(self) -> list[float | None]:
+        """Of each user: mean over its held-out examples of the mean token loss under the start."""
+        rows = [
+            Row(owner, example)
+            for owner, plan in enumerate(self.plans)
+            for example in plan.job.held_out
+        ]
+        means = np.zeros(len(rows))
+        with torch.no_grad():
+            for batch in pack(rows, pad=self._base.tokenizer.pad):
+                levels = self._levels(self._start, rows, batch)
+                loss = self._losses(batch, levels).double().numpy()
+                counts = np.bincount(batch.sources, minlength=len(rows))[batch.sources]
+                np.add.at(means, batch.sources, loss / counts)
+        owners = np.array([row.owner for row in rows], np.int64)
+        return [
+            float(means[owners == owner].mean()) if plan.job.held_out else None
+            for owner, plan in enumerate(self.plans)
+        ]
+
+    def step(self, step: int) -> int:
+        """One optimiser step of each user that has not finished.
+
+        Returns:
+            The number of those users.
+        """
+        active = sum(plan.steps > step for plan in self.plans)
+        self._activate(active)
+        rows = self._rows(active, step)
+        counts = np.zeros(active)
+        for row in rows:
+            counts[row.owner] += len(row.example.answer)
+        losses = np.zeros(active)
+        for batch in pack(rows, pad=self._base.tokenizer.pad):
+            owners = np.array([rows[source].owner for source in batch.sources])
+            own = self._with_dropout(rows, batch, step)
+            loss = self._losses(batch, self._levels(own, rows, batch))
+            weights = torch.from_numpy(1.0 / counts[owners]).float()
+            self._add_gradients((loss * weights).sum())
+            np.add.at(losses, owners, loss.detach().double().numpy())
+        for row in rows:
+            self.tallies[row.owner].tokens += row.length
+        self._record(step, losses, counts)
+        rates = np.array([plan.rates[step] for plan in self.plans[:active]])
+        self._optimizer.step(active, step, rates)
+        return active
+
+    def adapter(self, owner: int) -> Adapter:
+        """The trained adapter of one user; factors that were not trained are the start's own.
+
+        Raises:
+            ClientFailed: Its training did not stay finite.
+        """
+        start = self.plans[owner].job.start
+        if not self.plans[owner].steps:
+            return start
+        vector = self._optimizer.values[owner].numpy().copy()
+        error = self.tallies[owner].error
+        if error is None and not np.isfinite(vector).all():
+            error = _diverged("the adapter", self.plans[owner], self.plans[owner].steps)
+        if error is not None:
+            raise error
+        tensors = {**start.tensors, **self._spec.unflatten(vector, self._trainable)}
+        return Adapter(self._spec, tensors, start.parent)
+
+    def _rows(self, active: int, step: int) -> list[Row]:
+        """The examples of one step, user by user; those who diverged have none any more."""
+        return [
+            Row(owner, example, place)
+            for owner in range(active)
+            if self.tallies[owner].error is None
+            for place, example in enumerate(self.plans[owner].batch(step))
+        ]
+
+    def _record(self, step: int, losses: NDArray[np.float64], counts: NDArray[np.float64]) -> None:
+        for owner, (loss, count) in enumerate(zip(losses, counts, strict=True)):
+            plan, tally = self.plans[owner], self.tallies[owner]
+            if not np.isfinite(loss):
+                tally.error = _diverged("the loss", plan, step)
+            elif plan.in_last_epoch(step):
+                tally.loss += float(loss)
+                tally.answer_tokens += int(count)
+
+    def _activate(self, active: int) -> None:
+        """Makes leaves of the first `active` rows; their values are views of the matrix."""
+        if active == self._active:
+            return
+        self._active = active
+        self._leaves = {}
+        start = 0
+        for name, (rows, columns) in self._spec.shapes(self._trainable).items():
+            part = slice(start, start + rows * columns)
+            start += rows * columns
+            leaf = self._optimizer.values[:active, part].view(active, rows, columns).detach()
+            gradient = self._optimizer.gradients[:active, part].view(active, rows, columns)
+            self._leaves[name] = (leaf.requires_grad_(), gradient)
+        self._own = Level(
+            {name: self._factors(name, active) for name in self._start.factors},
+            self._spec.scale,
+            np.arange(active),
+        )
+
+    def _factors(self, name: str, active: int) -> Factors:
+        """The first users' factors of one module: leaves, or the start's where not trained."""
+        fixed = self._start.factors[name]
+        a, b = f"{name}.A", f"{name}.B"
+        return Factors(
+            a=self._leaves[a][0] if a in self._leaves else fixed.a[:active],
+            b=self._leaves[b][0] if b in self._leaves else fixed.b[:active],
+        )
+
+    def _add_gradients(self, loss: Tensor) -> None:
+        leaves = [leaf for leaf, _ in self._leaves.values()]
+        found = torch.autograd.grad(loss, leaves)
+        for (_, gradient), part in zip(self._leaves.values(), found, strict=True):
+            gradient.add_(part)
+
+    def _levels(self, own: Level, rows: Sequence[Row], batch: TokenBatch) -> list[Level]:
+        owners = np.array([rows[index].owner for index in batch.picked])
+        return [level.take(owners) for level in (*self._frozen, own)]
+
+    def _losses(self, batch: TokenBatch, levels: Sequence[Level]) -> Tensor:
+        """(outputs,) float32 losses of the answer tokens, nats."""
+        logits = logits_at(self._base.model, batch.tokens, batch.outputs, levels=levels)
+        return functional.cross_entropy(logits, batch.targets, reduction="none")
+
+    def _with_dropout(self, rows: Sequence[Row], batch: TokenBatch, step: int) -> Level:
+        chosen = [rows[index] for index in batch.picked]
+        jobs = [self.plans[row.owner].job for row in chosen]
+        if not any(job.settings.dropout for job in jobs):
+            return self._own
+        shares = [job.settings.dropout for job in jobs]
+        roots = [
+            job.randomness.child("dropout", step, row.place)
+            for job, row in zip(jobs, chosen, strict=True)
+        ]
+        widths = {target.name: target.in_features for target in self._spec.targets}
+
+        def mask(name: str) -> Tensor:
+            """Drawn for each row alone, so that it does not depend on padding or on other users."""
+            kept = np.ones((*batch.tokens.shape, widths[name]), np.float32)
+            for index, (row, root, share) in enumerate(zip(chosen, roots, shares, strict=True)):
+                if share:
+                    draw = root.stream("mask", name).random((row.length, widths[name]), np.float32)
+                    kept[index, : row.length] = (draw >= share) / np.float32(1.0 - share)
+            return torch.from_numpy(kept)
+
+        return replace(self._own, dropout=mask)
+
+
+def _diverged(what: str, plan: Plan, step: int) -> ClientFailed:
+    return ClientFailed(
+        f"training {plan.job.id} diverged: {what} is not finite after {step} of {plan.steps} steps",
+        hint="lower training.learning_rate or training.clip_norm",
+    )

@@ -1,0 +1,89 @@
+"""Jobs that were checked, and what each of their steps does."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedoppu.client.batches import check_examples
+from fedoppu.client.jobs import ClientJob, Example
+from fedoppu.client.model import LoadedBase
+from fedoppu.client.multi_lora import check_stack
+from fedoppu.client.optimizer import learning_rates
+from fedoppu.common.config import TrainingSettings
+from fedoppu.common.errors import AdapterError, UsageError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job that was checked, and what each of its steps does.
+
+    Attributes:
+        job: The job.
+        examples: Those it is trained on, oldest first.
+        order: (epochs, examples) the order of the examples in each epoch.
+        rates: (steps,) learning rates.
+    """
+
+    job: ClientJob
+    examples: Sequence[Example] = field(repr=False)
+    order: NDArray[np.int64] = field(repr=False)
+    rates: NDArray[np.float64] = field(repr=False)
+
+    @classmethod
+    def of(cls, job: ClientJob, base: LoadedBase) -> "Plan":
+        """Checks a job.
+
+        Raises:
+            AdapterError: Start, frozen adapters or anchor do not fit the base or each other.
+            DataError: An example cannot be learnt from.
+            UsageError: A setting was left unresolved, or a proximal term has no anchor.
+        """
+        settings = _resolved(job.settings)
+        check_stack((*job.frozen, job.start), base.facts.hash)
+        _check_anchor(job)
+        examples = job.examples[-(settings.newest or 0) :]
+        for rows in (examples, job.held_out):
+            check_examples(rows, vocab=base.vocab_size, max_tokens=base.facts.max_tokens)
+        epochs = settings.epochs or 0
+        draws = (job.randomness.stream("order", epoch) for epoch in range(epochs))
+        order = np.array([draw.permutation(len(examples)) for draw in draws], np.int64)
+        steps = epochs * -(-len(examples) // settings.batch_size)
+        return cls(job, examples, order, learning_rates(settings, steps))
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return len(self.rates)
+
+    def batch(self, step: int) -> list[Example]:
+        """The examples of one step; the last batch of an epoch may be smaller."""
+        size = self.job.settings.batch_size
+        epoch, batch = divmod(step, -(-len(self.examples) // size))
+        return [self.examples[i] for i in self.order[epoch][batch * size : (batch + 1) * size]]
+
+    def in_last_epoch(self, step: int) -> bool:
+        """Whether the step belongs to the last pass over the examples."""
+        return step >= self.steps - self.steps // len(self.order)
+
+
+def planned_steps(job: ClientJob) -> int:
+    """Optimiser steps that a job will take, known without looking at its examples."""
+    settings = job.settings
+    used = min(len(job.examples), settings.newest or len(job.examples))
+    return (settings.epochs or 0) * -(-used // settings.batch_size)
+
+
+def _resolved(settings: TrainingSettings) -> TrainingSettings:
+    for name in ("learning_rate", "epochs", "newest"):
+        if getattr(settings, name) is None:
+            raise UsageError(f"training.{name} must be set before a job runs, got null")
+    return settings
+
+
+def _check_anchor(job: ClientJob) -> None:
+    if job.settings.proximal > 0.0 and job.anchor is None:
+        raise UsageError("training.proximal needs an anchor adapter, got none")
+    if job.anchor is not None and job.anchor.spec != job.start.spec:
+        raise AdapterError("the anchor of a proximal term must have the spec of the start adapter")
