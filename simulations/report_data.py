@@ -1,0 +1,201 @@
+"""What a report is made of, and what it may claim.
+
+A finding is a claim with the interval that decides it: shown if the interval leaves zero out on the right side, against
+if on the wrong side, else open. An open finding is printed like the others: nothing is left out because it failed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fedoppu.simulations.panels import Unit
+from fedoppu.simulations.table import Row, Table
+
+State = Literal["shown", "open", "against"]
+
+
+@dataclass(frozen=True)
+class RoundPoint:
+    """One committed round of a shared phase.
+
+    Attributes:
+        federation: Names the line, for example "LaMP_2N k=0 profile=none seed=0".
+        round: From 1.
+        held_out_loss: Federated mean, nats per answer token; None if no member had held-out items.
+        bytes_up: Of this round, all members together.
+        bytes_down: Of this round, all members together.
+        asked: Members in the cohort.
+        dropped: Of them, without a part in the sum.
+    """
+
+    federation: str
+    round: int
+    held_out_loss: float | None
+    bytes_up: int
+    bytes_down: int
+    asked: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How many scored texts base users have in their histories: the shared model may recall them."""
+
+    task: str
+    queries: int
+    seen: int
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything that a report shows.
+
+    Attributes:
+        table: Rows and comparisons of all tasks.
+        config: The resolved settings, YAML.
+        command: The command line that gives the same numbers.
+        rounds: Of all federations.
+        lengths: Items in each user's own history.
+        recalls: On data, one for each task; empty for generated users.
+        costs: (what, how much), for people: parameters, seconds a user, memory.
+        environment: (what, which): versions, processor, seeds.
+        warnings: Switches that weaken a promise, and whatever failed.
+        confidence: Of the intervals.
+        plain_updates: Updates travelled in clear.
+        generated: The users are generated, not data.
+    """
+
+    table: Table
+    config: str
+    command: str
+    rounds: Sequence[RoundPoint] = ()
+    lengths: Mapping[Unit, int] = field(default_factory=dict)
+    recalls: Sequence[Recall] = ()
+    costs: Sequence[tuple[str, str]] = ()
+    environment: Sequence[tuple[str, str]] = ()
+    warnings: Sequence[str] = ()
+    confidence: float = 0.95
+    plain_updates: bool = False
+    generated: bool = True
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim and the row that decides it."""
+
+    claim: str
+    row: Row
+    state: State
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Sums over the rounds of one federation; losses are the first and the last that are known."""
+
+    federation: str
+    rounds: int
+    asked: int
+    dropped: int
+    bytes_up: int
+    bytes_down: int
+    first_loss: float | None
+    last_loss: float | None
+
+
+CLAIMS = (
+    ("personal-shared", "A personal adapter is better than the shared adapter alone."),
+    ("personal-wrong_user", "The effect is personal: one's own adapter is better than others'."),
+    ("personal-prior_shift", "It knows more than how often a user gives each answer."),
+    ("personal-population", "It is the user's own data, not more data, that helps."),
+    ("shared-base", "The federation's shared adapter is better than the base."),
+)
+CONTENT = "It reads the text: permuting a user's answers makes them worse."
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """The metric that findings and figures speak of: accuracy, MAE, or loss for generation.
+
+    A small base writes poor text, so that ROUGE says less than the loss of the gold answer.
+    """
+    present = {row.metric for row in rows}
+    if "mae" in present and rows[0].task != "all":
+        return "mae"
+    return "accuracy" if "accuracy" in present else "loss"
+
+
+def findings(rows: Sequence[Row]) -> list[Finding]:
+    """The claims that a cell's rows decide, in a fixed order."""
+    metric = headline(rows)
+    by_key = {(row.arm, row.control, row.metric): row for row in rows}
+    found = [(claim, by_key.get((arm, None, metric))) for arm, claim in CLAIMS]
+    found.insert(3, (CONTENT, by_key.get(("personal", None, "content_gain"))))
+    return [Finding(claim, row, state_of(row)) for claim, row in found if row and row.low is not None]
+
+
+def state_of(row: Row) -> State:
+    """Where a row's interval lies: right of zero, left of it, or over it."""
+    if row.low is not None and row.low > 0:
+        return "shown"
+    return "against" if row.high is not None and row.high < 0 else "open"
+
+
+def traffic(rounds: Sequence[RoundPoint]) -> list[Traffic]:
+    """Sums the rounds of each federation, in the order of their first appearance."""
+    lines: dict[str, list[RoundPoint]] = {}
+    for point in rounds:
+        lines.setdefault(point.federation, []).append(point)
+    return [_sum(name, sorted(own, key=lambda point: point.round)) for name, own in lines.items()]
+
+
+def _sum(name: str, points: Sequence[RoundPoint]) -> Traffic:
+    losses = [point.held_out_loss for point in points if point.held_out_loss is not None]
+    return Traffic(
+        name,
+        len(points),
+        sum(point.asked for point in points),
+        sum(point.dropped for point in points),
+        sum(point.bytes_up for point in points),
+        sum(point.bytes_down for point in points),
+        losses[0] if losses else None,
+        losses[-1] if losses else None,
+    )
+
+
+def guaranteed(data: ReportData) -> list[str]:
+    """What holds of this run, against whom."""
+    promises = [
+        "The personal phase sends nothing: personal adapters, indexes and profiles stay with "
+        "their users.",
+        "The same settings give the same numbers, for any number of worker processes and after "
+        "an interruption.",
+        "Queries and their golds are in no history that an adapter was trained on; the wrong-user "
+        "control and, on a null population, a gain of zero are the checks.",
+    ]
+    if data.plain_updates:
+        return promises
+    masked = (
+        "A member's only message with model data is one masked vector of integers: a server that "
+        "follows the protocol learns the sum over a cohort and no member's part of it."
+    )
+    return [masked, *promises]
+
+
+def not_guaranteed(data: ReportData) -> list[str]:
+    """What does not hold of this run."""
+    limits = [
+        "No differential privacy: the sums and the shared adapter may still reveal something "
+        "about the members' texts.",
+        "A simulation is one trusted process that holds all virtual users; only the messages are "
+        "those of a deployment.",
+        "Intervals cover the choice of users; they cover the randomness of training only as far "
+        "as several seeds were run.",
+        "Whoever holds a personal adapter may draw texts of its user from it.",
+    ]
+    if data.plain_updates:
+        limits.insert(0, "Updates travelled in clear: whoever ran the server saw each of them.")
+    if data.generated:
+        limits.append(
+            "The users are generated: a gain here shows that the method works where preferences "
+            "exist, not how large it is for people."
+        )
+    return limits
