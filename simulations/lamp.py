@@ -10,7 +10,7 @@ A base user keeps its whole history and its own queries. Nothing is drawn at ran
 in the order of the file.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
 from fedoppu.client.importers.lamp import LampUser
@@ -34,8 +34,9 @@ class Split:
         overlapping: Users of the base pool that were left out because they are target users (in a
             time-based split a user is in both files).
         unasked: Users that could be no target, because there is nothing to score them on.
-        recalled: Queries of target users whose text is also in a base user's history: answers to
-            these may be recalled by the shared adapter, and a report must say how many there are.
+        recalled: Queries of target users whose text is also in a base user's history: the shared
+            adapter may recall their answers, and a report must say how many there are.
+        recalled_from_queries: Further ones, whose text is in a base user's query only.
     """
 
     target: tuple[LampUser, ...]
@@ -43,6 +44,7 @@ class Split:
     overlapping: int
     unasked: int
     recalled: int
+    recalled_from_queries: int
 
 
 def split(
@@ -71,7 +73,7 @@ def split(
         require(name, value, 1)
     everyone = [*pool, *(base_pool or ())]
     if not everyone:
-        return Split((), (), overlapping=0, unasked=0, recalled=0)
+        return Split((), (), 0, 0, 0, 0)
     task = _one_task(everyone)
     _refuse_twice(pool)
     _refuse_twice(base_pool or ())
@@ -86,7 +88,10 @@ def split(
         base=base,
         overlapping=len(base_pool) - len(rest) if base_pool else 0,
         unasked=len(held) - len(asked),
-        recalled=count_recalled(target, base),
+        recalled=count_recalled(target, _history_texts(base, task), task),
+        recalled_from_queries=count_recalled(
+            target, _query_texts(base, task) - _history_texts(base, task), task
+        ),
     )
 
 
@@ -106,20 +111,21 @@ def hold_out(user: LampUser, task: Task, *, queries: int) -> LampUser:
     return replace(user, history=user.history[: size - count], queries=held + own)
 
 
-def count_recalled(target: Iterable[LampUser], base: Iterable[LampUser]) -> int:
-    """Number of queries of the targets whose text is also in a history of the base users.
+def count_recalled(users: Iterable[LampUser], known: Set[str], task: Task) -> int:
+    """Number of the users' queries whose text is in `known`, white space apart."""
+    return sum(_query_text(query, task) in known for user in users for query in user.queries)
 
-    Texts are compared without regard to white space.
-    """
-    known = {
-        _squeezed(item.fields[get_task(user.task).text]) for user in base for item in user.history
-    }
-    return sum(
-        _squeezed(task.parse_input(query.fields["input"])[task.text]) in known
-        for user in target
-        for task in (get_task(user.task),)
-        for query in user.queries
-    )
+
+def _history_texts(users: Iterable[LampUser], task: Task) -> set[str]:
+    return {_squeezed(item.fields[task.text]) for user in users for item in user.history}
+
+
+def _query_texts(users: Iterable[LampUser], task: Task) -> set[str]:
+    return {_query_text(query, task) for user in users for query in user.queries}
+
+
+def _query_text(query: HistoryItem, task: Task) -> str:
+    return _squeezed(task.parse_input(query.fields["input"])[task.text])
 
 
 def _as_query(item: HistoryItem, task: Task) -> HistoryItem:
