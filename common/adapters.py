@@ -145,8 +145,9 @@ class Adapter:
 
     def digest(self) -> str:
         """SHA-256 over base, parent, scale, names, shapes and values, as hex."""
+        alpha = float(self.spec.alpha)  # 8 and 8.0 are the same scale
         digest = hashlib.sha256(
-            f"{self.spec.base_hash} {self.parent} {self.spec.rank} {self.spec.alpha!r}".encode()
+            f"{self.spec.base_hash} {self.parent} {self.spec.rank} {alpha!r}".encode()
         )
         for name, shape in self.spec.shapes().items():
             digest.update(f"{name} {shape}".encode())
