@@ -1,8 +1,9 @@
 """The figures of a report, as SVG text that stands inside a page.
 
-No figure refers to anything outside: no namespaces, no scripts, no fonts. The same numbers give the same bytes under
-the same matplotlib. Colours are Okabe and Ito's, which all common kinds of colour vision tell apart, and no figure
-says with colour alone what it says. Figures are as wide as a phone and are scaled up, not down.
+No figure refers to anything outside: no namespaces, no scripts, no fonts. The same numbers give the
+same bytes under the same matplotlib. Colours are Okabe and Ito's, which all common kinds of colour
+vision tell apart, and no figure says with colour alone what it says. Figures are as wide as a phone
+and are scaled up, not down.
 """
 
 import io
@@ -14,6 +15,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fedoppu.simulations.report_data import RoundPoint
 from fedoppu.simulations.table import Comparison, Row
@@ -22,7 +24,7 @@ BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8A8A8A", "#222222"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 DASHES = ("-", "--", "-.", ":")
 WIDTH = 5.2  # inches at 72 points: 374 pixels
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "fedoppu",
     "svg.fonttype": "none",
     "font.size": 9,
@@ -102,8 +104,8 @@ def shared_phase(rounds: Sequence[RoundPoint]) -> str:
         for axes, title in zip(sheet.axes, (*titles, "dropped members"), strict=True):
             axes.set_title(title)
         sheet.axes[2].set_xlabel("round")
-        sheet.axes[2].xaxis.get_major_locator().set_params(integer=True)
-        sheet.axes[2].yaxis.get_major_locator().set_params(integer=True)
+        sheet.axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
+        sheet.axes[2].yaxis.set_major_locator(MaxNLocator(integer=True))
         sheet.axes[2].set_ylim(bottom=-0.2)
         if len(lines) <= 12:
             sheet.figure.legend(loc="outside lower center", ncols=1 + (len(lines) > 3))
@@ -139,7 +141,7 @@ def users(comparison: Comparison, unit: str) -> str:
         axes.set_xlabel(f"{len(gains)} users, from the most harmed to the most helped")
         axes.set_ylabel(f"gain in {unit}")
         axes.set_xlim(0.4, len(gains) + 0.6)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         return _svg(sheet.figure, f"Gain in {unit} of each user, sorted")
 
 

@@ -1,8 +1,8 @@
 """The report of a run: one page that stands alone, without scripts and without the network.
 
-It says first what was found and what was not, then the numbers, the users, the shared phase, the cost, what is and is
-not guaranteed, and how to do it again. There is no date in it: the same data give the same bytes under the same
-matplotlib.
+It says first what was found and what was not, then the numbers, the users, the shared phase, the
+cost, what is and is not guaranteed, and how to do it again. There is no date in it: the same data
+give the same bytes under the same matplotlib.
 
 matplotlib and jinja2 are imported when a report is written, and only then.
 """
@@ -72,14 +72,31 @@ def _context(data: ReportData) -> dict[str, Any]:
     return {
         "data": data,
         "percent": f"{data.confidence * 100:g} %",
+        "overview": _overview(data.table.rows),
         "sections": sections,
         "curves": _curves(data),
         "traffic": traffic(data.rounds),
         "guaranteed": guaranteed(data),
         "not_guaranteed": not_guaranteed(data),
+        "arm_name": arm_name,
         "number": number,
         "size": size,
     }
+
+
+def _overview(rows: Sequence[Row]) -> list[Line]:
+    """One line a cell: shared and personal in the cell's main metric, and the two gains."""
+    found = []
+    for cell, own in cells(rows).items():
+        metric = headline(own)
+        by_arm = {(row.arm, row.control): row for row in own if row.metric == metric}
+        values = [by_arm.get((arm, None)) for arm in ("shared", "personal")]
+        gains = [by_arm.get((arm, None)) for arm in (MAIN, "personal-wrong_user")]
+        texts = [(number(row.value if row else None), False) for row in values]
+        texts += [(interval(row), is_clear(row)) for row in gains]
+        name = heading(cell, own).split(":")[0]
+        found.append(Line(name, ((title_of(metric), False), *texts)))
+    return found
 
 
 def _section(cell: Cell, rows: Sequence[Row], data: ReportData) -> dict[str, Any]:

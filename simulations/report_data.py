@@ -1,7 +1,8 @@
 """What a report is made of, and what it may claim.
 
-A finding is a claim with the interval that decides it: shown if the interval leaves zero out on the right side, against
-if on the wrong side, else open. An open finding is printed like the others: nothing is left out because it failed.
+A finding is a claim with the interval that decides it: shown if the interval leaves zero out on the
+right side, against if on the wrong side, else open. An open finding is printed like the others:
+nothing is left out because it failed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -129,7 +130,9 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
     by_key = {(row.arm, row.control, row.metric): row for row in rows}
     found = [(claim, by_key.get((arm, None, metric))) for arm, claim in CLAIMS]
     found.insert(3, (CONTENT, by_key.get(("personal", None, "content_gain"))))
-    return [Finding(claim, row, state_of(row)) for claim, row in found if row and row.low is not None]
+    return [
+        Finding(claim, row, state_of(row)) for claim, row in found if row and row.low is not None
+    ]
 
 
 def state_of(row: Row) -> State:
@@ -168,8 +171,8 @@ def guaranteed(data: ReportData) -> list[str]:
         "their users.",
         "The same settings give the same numbers, for any number of worker processes and after "
         "an interruption.",
-        "Queries and their golds are in no history that an adapter was trained on; the wrong-user "
-        "control and, on a null population, a gain of zero are the checks.",
+        "No adapter was trained on a scored query: queries are split off first. The same text may "
+        "be in another user's history; on data the recall count says how often.",
     ]
     if data.plain_updates:
         return promises

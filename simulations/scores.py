@@ -116,11 +116,6 @@ def metrics_of(kind: Kind) -> tuple[Metric, ...]:
     return tuple(metric for metric in METRICS if kind in metric.kinds)
 
 
-def headline(kind: Kind) -> str:
-    """The metric that speaks for a kind of task: accuracy, mae or rouge1."""
-    return {"classification": "accuracy", "rating": "mae", "generation": "rouge1"}[kind]
-
-
 @dataclass(frozen=True)
 class UserScores:
     """One user's scores under one arm.
