@@ -1,0 +1,161 @@
+"""Masks and channels: X25519, HKDF-SHA256, AES-256-CTR streams added to integers, AES-GCM packages.
+
+A mask is uniform in Z_2^w to whoever lacks its key (AES-256-CTR as a pseudo-random generator). The
+self mask hides a vector until its owner is in an agreed survivor set; the pairwise masks of two
+members cancel in the sum (Bonawitz et al. 2017, https://eprint.iacr.org/2017/281, section 4).
+
+Every key is derived from one secret, the round's context, the cohort hash and who it is for, and
+encrypts one thing, so all nonces are zero. Not covered: `cryptography` and OpenSSL keep copies of
+keys that Python cannot overwrite.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
+
+from fedoppu.common.randomness import Key
+from fedoppu.common.rounds import Words
+from fedoppu.common.signing import Scope
+
+KEY_BYTES = 32
+CHUNK_BYTES = (
+    1 << 18
+)  # fits a second-level cache beside the chunk of the vector that it is added to
+_BLOCK = 16
+_FIELD = 2**255 - 19
+# The u-coordinates of the points of order 1, 2, 4 and 8 on the curve and its twist (RFC 7748).
+_LOW_ORDER = frozenset(
+    {
+        0,
+        1,
+        _FIELD - 1,
+        325606250916557431795983626356110631294008115727848805560023387167927233504,
+        39382357235489614581723060781553021112529911719440698176882885853963445705823,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One mask of a vector.
+
+    Attributes:
+        key: AES-256 key of its stream.
+        negative: Whether it is subtracted.
+    """
+
+    key: bytes = field(repr=False)
+    negative: bool = False
+
+
+def is_low_order(public_key: bytes) -> bool:
+    """Whether an X25519 public key has the wrong length or gives everyone the same zero secret."""
+    if len(public_key) != KEY_BYTES:
+        return True
+    coordinate = int.from_bytes(public_key, "little") & ((1 << 255) - 1)
+    return coordinate % _FIELD in _LOW_ORDER
+
+
+def public_key(private_key: bytes | bytearray) -> bytes:
+    """X25519 public key of a private key, 32 bytes."""
+    return X25519PrivateKey.from_private_bytes(private_key).public_key().public_bytes_raw()
+
+
+class KeyAgreement:
+    """One X25519 private key, loaded once for its many peers."""
+
+    def __init__(self, private_key: bytes | bytearray) -> None:
+        """Loads a 32-byte private key."""
+        self._key = X25519PrivateKey.from_private_bytes(private_key)
+
+    def channel_key(self, peer: bytes, scope: Scope, *, sender: int, recipient: int) -> bytes:
+        """Key of the one package from sender to recipient; `peer` must not be of low order."""
+        return self._derive(peer, scope, "channel", (sender, recipient))
+
+    def mask(self, peer: bytes, scope: Scope, *, owner: int, other: int) -> Mask:
+        """The owner's pairwise mask with another member; the other's is its negative."""
+        low, high = sorted((owner, other))
+        return Mask(self._derive(peer, scope, "pair mask", (low, high)), negative=owner > other)
+
+    def _derive(self, peer: bytes, scope: Scope, purpose: str, members: tuple[Key, ...]) -> bytes:
+        shared = self._key.exchange(X25519PublicKey.from_public_bytes(peer))
+        return derive(shared, scope.bind(purpose, *members))
+
+
+def derive(secret: bytes | bytearray, info: bytes) -> bytes:
+    """HKDF-SHA256 without salt, 32 bytes (RFC 5869)."""
+    return HKDF(hashes.SHA256(), KEY_BYTES, salt=None, info=info).derive(bytes(secret))
+
+
+def self_mask(seed: bytes | bytearray, scope: Scope, member: int) -> Mask:
+    """The mask that a member alone adds to its vector."""
+    return Mask(derive(seed, scope.bind("self mask", member)))
+
+
+def add_masks(words: Words, masks: Iterable[Mask]) -> None:
+    """Adds mask streams to a vector in place, modulo 2 ** word_bits.
+
+    One pass over the vector in chunks; each chunk takes all masks while it is in the cache.
+
+    Args:
+        words: (length,) uint32 or uint16, contiguous, changed in place.
+        masks: Their streams are read as little-endian words.
+    """
+    streams = [(_stream(mask.key), mask.negative) for mask in masks]
+    buffer = bytearray(CHUNK_BYTES + _BLOCK)
+    zeros = bytes(CHUNK_BYTES)
+    step = CHUNK_BYTES // words.itemsize
+    for start in range(0, words.size, step):
+        chunk = words[start : start + step]
+        for stream, negative in streams:
+            stream.update_into(memoryview(zeros)[: chunk.nbytes], buffer)
+            _accumulate(chunk, buffer, negative)
+
+
+def _accumulate(chunk: Words, buffer: bytearray, negative: bool) -> None:
+    block: NDArray[np.unsignedinteger] = np.frombuffer(
+        buffer, dtype=chunk.dtype.newbyteorder("<"), count=chunk.size
+    )
+    (np.subtract if negative else np.add)(chunk, block, out=chunk)
+
+
+def _stream(key: bytes) -> CipherContext:
+    return Cipher(AES256(key), CTR(bytes(_BLOCK))).encryptor()
+
+
+def random_words(key: bytes, dtype: str, length: int) -> Iterator[NDArray[np.unsignedinteger]]:
+    """The AES-256-CTR stream of a key as little-endian words, in chunks of at most 256 KiB.
+
+    Args:
+        key: 32 bytes, used for nothing else.
+        dtype: "<u2" or "<u4".
+        length: Words in all.
+    """
+    stream, size = _stream(key), np.dtype(dtype).itemsize
+    step = CHUNK_BYTES // size
+    for start in range(0, length, step):
+        count = min(step, length - start)
+        yield np.frombuffer(stream.update(bytes(count * size)), dtype=dtype)
+
+
+def seal(key: bytes, plain: bytes | bytearray, associated: bytes) -> bytes:
+    """AES-256-GCM under a key that encrypts this one message; 16 bytes longer than `plain`."""
+    return AESGCM(key).encrypt(bytes(12), bytes(plain), associated)
+
+
+def unseal(key: bytes, package: bytes, associated: bytes) -> bytes | None:
+    """The inverse of `seal`, or None if the package was made for another or changed."""
+    try:
+        return AESGCM(key).decrypt(bytes(12), package, associated)
+    except (InvalidTag, ValueError):
+        return None

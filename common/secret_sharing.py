@@ -1,0 +1,245 @@
+"""Shamir's secret sharing of 32-byte secrets over GF(2^256 + 297).
+
+Shamir 1979, https://doi.org/10.1145/359168.359176. Any `threshold` shares restore the secret, fewer
+say nothing about it. Plain interpolation cannot tell a wrong share from a right one: `restore`
+refuses what it can see (too few, two of one holder, malformed), and `restore_checked` finds the
+secret among wrong shares with the help of a commitment.
+
+Arithmetic is on Python integers, so it takes no constant time and leaves copies in memory.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, islice
+
+from fedoppu.common.errors import ProtocolError
+
+PRIME = 2**256 + 297  # the least prime above 2^256
+SECRET_BYTES = 32
+SHARE_BYTES = 33
+_COEFFICIENT_BYTES = 48  # 128 bits more than the prime: the bias of the remainder is below 2^-127
+_MOST_SUBSETS = 2000
+
+Entropy = Callable[[int], bytes]
+Polynomial = list[int]  # coefficients, constant first
+
+
+@dataclass(frozen=True)
+class Share:
+    """One share.
+
+    Attributes:
+        holder: Member who holds it, at least 0; the polynomial is taken at holder + 1.
+        value: 33 bytes, big-endian.
+    """
+
+    holder: int
+    value: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A secret that fits its commitment, and the holders whose shares do not lie on its polynomial."""
+
+    secret: bytes = field(repr=False)
+    wrong: tuple[int, ...]
+
+
+def split(
+    secret: bytes | bytearray, holders: Sequence[int], *, threshold: int, entropy: Entropy
+) -> dict[int, Share]:
+    """Deals shares of a secret.
+
+    Args:
+        secret: 32 bytes.
+        holders: Unique members, at least `threshold` of them.
+        threshold: Shares that restore the secret, at least 1.
+        entropy: Uniform bytes of a given number, from the owner's key source.
+
+    Raises:
+        ProtocolError: There are fewer holders than the threshold, or one twice.
+    """
+    if len(set(holders)) != len(holders) or not 1 <= threshold <= len(holders):
+        raise ProtocolError(
+            f"a secret needs between 1 and {len(holders)} shares of unique holders to be "
+            f"restored, got a threshold of {threshold} for {len(set(holders))} holders"
+        )
+    drawn = entropy((threshold - 1) * _COEFFICIENT_BYTES)
+    polynomial = [int.from_bytes(secret, "big")] + [
+        int.from_bytes(drawn[start : start + _COEFFICIENT_BYTES], "big") % PRIME
+        for start in range(0, len(drawn), _COEFFICIENT_BYTES)
+    ]
+    return {
+        holder: Share(holder, _evaluate(polynomial, holder + 1).to_bytes(SHARE_BYTES, "big"))
+        for holder in holders
+    }
+
+
+def restore(shares: Iterable[Share], threshold: int) -> bytes:
+    """Restores a secret from shares that are all right.
+
+    Raises:
+        ProtocolError: There are fewer shares than the threshold, two of one holder, or a malformed
+            one; or the result is no secret, so that some share is wrong.
+    """
+    points = _points(shares, threshold)[:threshold]
+    secret = _secret(_interpolate_at_zero(points))
+    if secret is None:
+        raise ProtocolError("the shares restore no 32-byte secret: at least one of them is wrong")
+    return secret
+
+
+def restore_checked(
+    shares: Iterable[Share], threshold: int, *, check: Callable[[bytes], bool]
+) -> Restored | None:
+    """Restores a secret although some shares may be wrong.
+
+    Up to (shares - threshold) / 2 wrong shares are found by decoding, more by trying subsets as
+    long as there are few.
+
+    Args:
+        shares: Of unique holders.
+        threshold: Shares that restore the secret.
+        check: Whether a candidate fits its commitment.
+
+    Returns:
+        The secret that fits, or None if no candidate does.
+
+    Raises:
+        ProtocolError: There are fewer shares than the threshold, or two of one holder.
+    """
+    points = _points(shares, threshold)
+    for chosen in _candidates(points, threshold):
+        secret = _secret(chosen[0])
+        if secret is not None and check(secret):
+            wrong = tuple(x - 1 for x, y in points if _evaluate(chosen, x) != y)
+            return Restored(secret, wrong)
+    return None
+
+
+def _points(shares: Iterable[Share], threshold: int) -> list[tuple[int, int]]:
+    ordered = sorted(shares, key=lambda share: share.holder)
+    if len({share.holder for share in ordered}) != len(ordered):
+        raise ProtocolError("a secret cannot be restored from two shares of one holder")
+    if threshold < 1 or len(ordered) < threshold:
+        raise ProtocolError(f"a secret needs {threshold} shares, got {len(ordered)}")
+    points = [(share.holder + 1, int.from_bytes(share.value, "big")) for share in ordered]
+    for share, (_, value) in zip(ordered, points, strict=True):
+        if len(share.value) != SHARE_BYTES or value >= PRIME or share.holder < 0:
+            raise ProtocolError(
+                f"the share of holder {share.holder} is not {SHARE_BYTES} bytes of a field element"
+            )
+    return points
+
+
+def is_share(value: bytes) -> bool:
+    """Whether bytes can be a share."""
+    return len(value) == SHARE_BYTES and int.from_bytes(value, "big") < PRIME
+
+
+def _secret(value: int) -> bytes | None:
+    return value.to_bytes(SECRET_BYTES, "big") if value < 1 << 256 else None
+
+
+def _candidates(points: list[tuple[int, int]], threshold: int) -> Iterator[Polynomial]:
+    """Polynomials of degree below `threshold` through many of the points, the likeliest first."""
+    yield _interpolate(points[:threshold])
+    decoded = _decode(points, threshold)
+    if decoded is not None:
+        yield decoded
+    for subset in islice(combinations(points, threshold), 1, _MOST_SUBSETS):
+        yield _interpolate(list(subset))
+
+
+# --- polynomials over the field ------------------------------------------------------------------
+
+
+def _evaluate(polynomial: Polynomial, x: int) -> int:
+    result = 0
+    for coefficient in reversed(polynomial):
+        result = (result * x + coefficient) % PRIME
+    return result
+
+
+def _interpolate_at_zero(points: list[tuple[int, int]]) -> int:
+    """Value at 0 of the least polynomial through the points (Lagrange)."""
+    total = 0
+    for x, y in points:
+        above, below = 1, 1
+        for other, _ in points:
+            if other != x:
+                above = above * other % PRIME
+                below = below * (other - x) % PRIME
+        total = (total + y * above * pow(below, -1, PRIME)) % PRIME
+    return total
+
+
+def _interpolate(points: list[tuple[int, int]]) -> Polynomial:
+    """The least polynomial through the points (Newton's divided differences)."""
+    divided = [y for _, y in points]
+    for order in range(1, len(points)):
+        for i in range(len(points) - 1, order - 1, -1):
+            gap = pow(points[i][0] - points[i - order][0], -1, PRIME)
+            divided[i] = (divided[i] - divided[i - 1]) * gap % PRIME
+    polynomial: Polynomial = []
+    for (x, _), coefficient in zip(reversed(points), reversed(divided), strict=True):
+        polynomial = _add([coefficient], _times_root(polynomial, x))
+    return polynomial
+
+
+def _times_root(polynomial: Polynomial, root: int) -> Polynomial:
+    """The product of a polynomial and X - root."""
+    return _add([0, *polynomial], [-root * c % PRIME for c in polynomial]) if polynomial else []
+
+
+def _add(left: Polynomial, right: Polynomial) -> Polynomial:
+    longer, shorter = (left, right) if len(left) >= len(right) else (right, left)
+    head = [(a + b) % PRIME for a, b in zip(longer, shorter, strict=False)]
+    return head + longer[len(shorter) :]
+
+
+def _multiply(left: Polynomial, right: Polynomial) -> Polynomial:
+    product = [0] * (len(left) + len(right) - 1) if left and right else []
+    for i, a in enumerate(left):
+        for j, b in enumerate(right):
+            product[i + j] += a * b
+    return [value % PRIME for value in product]
+
+
+def _divide(above: Polynomial, below: Polynomial) -> tuple[Polynomial, Polynomial]:
+    """Quotient and remainder; `below` has a leading coefficient other than zero."""
+    rest, lead = list(above), pow(below[-1], -1, PRIME)
+    quotient = [0] * max(len(above) - len(below) + 1, 0)
+    for shift in range(len(quotient) - 1, -1, -1):
+        factor = rest[shift + len(below) - 1] * lead % PRIME
+        quotient[shift] = factor
+        for i, coefficient in enumerate(below):
+            rest[shift + i] = (rest[shift + i] - factor * coefficient) % PRIME
+    return quotient, _trim(rest[: len(below) - 1])
+
+
+def _trim(polynomial: Polynomial) -> Polynomial:
+    while polynomial and polynomial[-1] == 0:
+        polynomial = polynomial[:-1]
+    return polynomial
+
+
+def _decode(points: list[tuple[int, int]], threshold: int) -> Polynomial | None:
+    """Gao's decoder of Reed-Solomon codes: right if at most half the surplus points are wrong.
+
+    Gao 2003, "A new algorithm for decoding Reed-Solomon codes", algorithm 1.
+    """
+    if len(points) < threshold + 2:
+        return None
+    vanishing: Polynomial = [1]
+    for x, _ in points:
+        vanishing = _times_root(vanishing, x)
+    before, rest = vanishing, _trim(_interpolate(points))
+    factor_before, factor = [], [1]
+    while 2 * (len(rest) - 1) >= len(points) + threshold:
+        quotient, remainder = _divide(before, rest)
+        negative = [-value % PRIME for value in _multiply(quotient, factor)]
+        factor_before, factor = factor, _trim(_add(factor_before, negative))
+        before, rest = rest, remainder
+    polynomial, remainder = _divide(rest, factor)
+    return polynomial if not remainder and len(polynomial) <= threshold else None
