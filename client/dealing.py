@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, replace
 
 from fedoppu.common.cohort import Cohort
 from fedoppu.common.masking import KeyAgreement, seal, unseal
-from fedoppu.common.roster import Roster
 from fedoppu.common.rounds import ShareBundle
 from fedoppu.common.secret_sharing import SHARE_BYTES, is_share, split
-from fedoppu.common.signing import Identity, bundle_bytes, hash_share, verify
+from fedoppu.common.signing import Identity, bundle_bytes, hash_share
 
 
 @dataclass(frozen=True)
@@ -75,22 +74,21 @@ def _plain_packages(
 
 
 def open_package(
-    cohort: Cohort, roster: Roster, agreement: KeyAgreement, *, holder: int, bundle: ShareBundle
+    cohort: Cohort, agreement: KeyAgreement, *, holder: int, bundle: ShareBundle
 ) -> bytes | None:
-    """A dealer's package for a holder if it is what the dealer signed, else None.
+    """A dealer's package for a holder if it is the dealer's and fits its hash, else None.
+
+    The hash's signature is the server's to check. A server that lies about the hash gains nothing:
+    the holder keeps one share less.
 
     Args:
         cohort: Of the attempt.
-        roster: Holds the dealer's identity.
         agreement: Of the holder's channel key.
         holder: Who opens it.
-        bundle: The dealer's, its packages cut down to the holder's.
+        bundle: The dealer's, its packages and hashes cut down to the holder's.
     """
     dealer, scope = bundle.member, cohort.scope
-    signed = bundle_bytes(scope, bundle)
     if holder not in bundle.packages or dealer not in cohort.adverts:
-        return None
-    if not verify(roster.identity(dealer), bundle.signature, signed):
         return None
     peer_key = cohort.adverts[dealer].channel_key
     key = agreement.channel_key(peer_key, scope, sender=dealer, recipient=holder)

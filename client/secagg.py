@@ -65,7 +65,7 @@ from fedoppu.common.signing import (
     masked_bytes,
     reply_bytes,
     survivors_bytes,
-    verify,
+    verify_public,
 )
 
 SECRET_BYTES = 32
@@ -346,14 +346,14 @@ class SecAggClient:
         )
 
     def _open(self, event: SharesDelivered, dealers: frozenset[int]) -> dict[int, bytearray]:
-        cohort, roster = self._formed(), self._pins.roster
+        cohort = self._formed()
         agreement = KeyAgreement(self._state.channel)
         held = {}
         for dealer in dealers.intersection(cohort.graph.neighbours(self.member)):
             bundle = event.bundles.get(dealer)
             if bundle is None or bundle.member != dealer:
                 continue
-            package = open_package(cohort, roster, agreement, holder=self.member, bundle=bundle)
+            package = open_package(cohort, agreement, holder=self.member, bundle=bundle)
             if package is not None:
                 held[dealer] = bytearray(package)
         return dict(sorted(held.items()))
@@ -408,7 +408,7 @@ class SecAggClient:
         # A bad signature is not counted and harms no one else's.
         valid = sum(
             member in cohort.adverts
-            and verify(self._pins.roster.identity(member), signature, message)
+            and verify_public(self._pins.roster.identity(member), signature, message)
             for member, signature in event.signatures.items()
         )
         needed = self._policy.quorum(len(cohort))

@@ -12,7 +12,7 @@ from fedoppu.common.graph import Graph
 from fedoppu.common.masking import is_low_order
 from fedoppu.common.roster import Roster
 from fedoppu.common.rounds import Advert, RoundPlan
-from fedoppu.common.signing import Scope, advert_bytes, hash_cohort, verify
+from fedoppu.common.signing import Scope, advert_bytes, hash_cohort, verify_public
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def advert_fault(advert: Advert, context: bytes, roster: Roster) -> str | None:
     identity = roster.identity(advert.member)
     if identity is None:
         return "is not in the roster"
-    if not verify(identity, advert.signature, advert_bytes(context, advert)):
+    if not verify_public(identity, advert.signature, advert_bytes(context, advert)):
         return "sent an advert whose signature is not its own for this plan"
     if is_low_order(advert.channel_key) or is_low_order(advert.mask_key):
         return "sent a key of low order or wrong length"

@@ -53,9 +53,10 @@ class Graph:
         return tuple(sorted(around))
 
     def live_holders(self, owner: int, live: Collection[int]) -> int:
-        """How many of `live` hold a share of the owner's secrets; `live` should be a set."""
-        held = sum(neighbour in live for neighbour in self.neighbours(owner))
-        return held + int(self.complete and owner in live)
+        """How many of `live`, a set of members, hold a share of the owner's secrets."""
+        if self.complete:
+            return len(live)
+        return sum(neighbour in live for neighbour in self.neighbours(owner))
 
 
 def _rank(cohort_hash: bytes, member: int) -> bytes:

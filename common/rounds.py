@@ -134,11 +134,11 @@ class ShareBundle:
 
 @dataclass(frozen=True)
 class SharesDelivered:
-    """Server to client, `train.masked`: the bundles for this client, with the signed hashes.
+    """Server to client, `train.masked`: the bundles for this client.
 
     Attributes:
         dealers: The share set, sorted: members whose bundles the server has.
-        bundles: Dealer: the bundle, its packages cut down to the one for this client.
+        bundles: Dealer: the bundle, its packages and hashes cut down to those for this client.
     """
 
     dealers: tuple[int, ...]

@@ -7,6 +7,7 @@ Guarantee: two messages that differ in kind, round, cohort or any field have dif
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 from cryptography.exceptions import InvalidSignature
@@ -43,6 +44,15 @@ class Identity:
         return self._key.sign(message)
 
 
+@lru_cache(maxsize=1 << 14)
+def verify_public(identity: bytes | None, signature: bytes, message: bytes) -> bool:
+    """`verify`, remembered: for adverts and survivor sets, which every member of a cohort checks.
+
+    A pure function of public bytes. It spares virtual clients in one process n^2 verifications.
+    """
+    return verify(identity, signature, message)
+
+
 def verify(identity: bytes | None, signature: bytes, message: bytes) -> bool:
     """Whether `signature` is by `identity` over `message`; malformed input is simply not."""
     if identity is None:
@@ -68,7 +78,11 @@ class Scope:
 
     def bind(self, tag: str, *parts: Key) -> bytes:
         """Canonical bytes of a tagged message in this scope."""
-        return encode_key((f"fedoppu {tag}", self.context, self.cohort, *parts))
+        return encode_key((f"fedoppu {tag}",)) + self._prefix + encode_key(parts)
+
+    @cached_property
+    def _prefix(self) -> bytes:
+        return encode_key((self.context, self.cohort))
 
 
 def commit_seed(context: bytes, member: int, seed: bytes | bytearray) -> bytes:
@@ -98,10 +112,10 @@ def advert_bytes(context: bytes, advert: Advert) -> bytes:
 
 
 def bundle_bytes(scope: Scope, bundle: ShareBundle) -> bytes:
-    """What a bundle's signature is over: the share hashes.
+    """What a bundle's signature is over: the share hashes, which the server holds against replies.
 
     The packages need none: each is authenticated by its channel key, which only dealer and
-    recipient can compute.
+    recipient can compute. So a recipient is given its own hash alone, and checks no signature.
     """
     return scope.bind("bundle", bundle.member, *_flat(bundle.share_hashes))
 

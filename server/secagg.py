@@ -412,7 +412,7 @@ class SecAggServer:
     def _delivery(self, member: int) -> SharesDelivered:
         bundles = self._state.bundles
         cut = {
-            dealer: replace(bundles[dealer], packages={member: bundles[dealer].packages[member]})
+            dealer: _cut(bundles[dealer], member)
             for dealer in self._formed().graph.neighbours(member)
             if dealer in bundles
         }
@@ -433,3 +433,9 @@ class SecAggServer:
 def _zeros(plan: RoundPlan) -> Words:
     layout = VectorLayout.of(plan)
     return np.zeros(layout.length, layout.dtype)
+
+
+def _cut(bundle: ShareBundle, member: int) -> ShareBundle:
+    """A bundle as one recipient needs it."""
+    package, share_hash = bundle.packages[member], bundle.share_hashes[member]
+    return replace(bundle, packages={member: package}, share_hashes={member: share_hash})
