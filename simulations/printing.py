@@ -41,14 +41,14 @@ def number(value: float | None, *, signed: bool = False) -> str:
     return sign + digits.removeprefix("0" if digits.startswith("0.") else "")
 
 
-def interval(row: Row | None) -> str:
+def interval(row: Row | None, *, comma: str = ", ") -> str:
     """Value and interval of a row: .731 [.653, .802]."""
     if row is None or row.value is None:
         return MISSING
     text = number(row.value, signed=is_difference(row.arm))
     if row.low is None or row.high is None:
         return text
-    return f"{text} [{number(row.low)}, {number(row.high)}]"
+    return f"{text} [{number(row.low)}{comma}{number(row.high)}]"
 
 
 def is_clear(row: Row | None) -> bool:
@@ -134,4 +134,5 @@ def _section(arm: str) -> str:
 
 
 def _text(row: Row | None) -> Text:
-    return Text(interval(row), style="bold" if is_clear(row) else "")
+    # Without the space, four intervals of negative numbers still fit 100 columns.
+    return Text(interval(row, comma=","), style="bold" if is_clear(row) else "")

@@ -135,7 +135,7 @@ class UserScores:
     sums: Mapping[str, Floats]
 
 
-def predict(label_log_likelihoods: Sequence[float], labels: Sequence[str]) -> str:
+def predict(label_log_likelihoods: Sequence[float] | Floats, labels: Sequence[str]) -> str:
     """The label of the highest log-likelihood, the first of equals: the greedy answer.
 
     Raises:
@@ -156,7 +156,7 @@ def labelled_result(
     query: str,
     *,
     gold: str,
-    scores: Sequence[float],
+    scores: Sequence[float] | Floats,
     labels: Sequence[str],
     gold_tokens: int,
 ) -> QueryResult:

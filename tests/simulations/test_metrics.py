@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import f1_score, mean_absolute_error, mean_squared_error
+from sklearn.metrics import (  # type: ignore[import-untyped]
+    f1_score,
+    mean_absolute_error,
+    mean_squared_error,
+)
 
 from fedoppu.common.errors import DataError
 from fedoppu.simulations import metrics

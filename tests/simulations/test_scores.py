@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
 
 from fedoppu.common.errors import DataError
 from fedoppu.simulations import metrics
@@ -58,7 +58,7 @@ def test_a_user_with_many_queries_weighs_no_more_than_one_with_few() -> None:
     scores = score_users([*many, plain("few", "0", "a", "b")], TOPICS)
     assert [one.user for one in scores] == ["few", "many"]
     assert np.mean([one.values["accuracy"] for one in scores]) == 0.5
-    sums = sum(one.sums["accuracy_official"] for one in scores)
+    sums = np.sum([one.sums["accuracy_official"] for one in scores], axis=0)
     assert metrics.ratio(sums) == pytest.approx(0.9)
 
 
