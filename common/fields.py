@@ -58,6 +58,10 @@ class Fields:
             self.refuse(name, f"must be between {low} and {high}, got {value}")
         return value
 
+    def member(self) -> int:
+        """The field member: an index in a roster."""
+        return self.integer("member", 0, MAX_MEMBERS)
+
     def number(self, name: str) -> float:
         """A finite float."""
         value = self.values[name]

@@ -10,17 +10,35 @@ must be exactly the canonical bytes of one. What is *not* hidden: sizes, times, 
 and who drops.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from numpy.typing import NDArray
 
 from fedoppu.common.errors import ProtocolError
-from fedoppu.common.fields import MAX_MEMBERS, Fields
+from fedoppu.common.event_fields import (
+    SIGNATURE,
+    Value,
+    advert_values,
+    bundle_values,
+    by_member,
+    cohort_values,
+    delivery_values,
+    read_advert,
+    read_bundle,
+    read_cohort,
+    read_delivery,
+    read_unmask_reply,
+    unmask_values,
+)
+from fedoppu.common.fields import Fields
 from fedoppu.common.plan_fields import PLAN_FIELDS, plan_values, read_plan
 from fedoppu.common.rounds import (
     Advert,
@@ -57,10 +75,6 @@ ROUND: tuple[Stage, ...] = (
     "query.consistency",
     "query.unmask",
 )
-Value = int | float | bytes | list[int] | list[bytes]
-KEY, HASH, SIGNATURE = 32, 32, 64
-MAX_PACKAGE = 512  # bytes of one encrypted share package
-MAX_SHARE = 128  # bytes of one share of a secret
 MAX_CONFIG = 1 << 16
 
 
@@ -149,22 +163,6 @@ def _array(vector: NDArray[np.generic]) -> Array:
     return Array(vector.dtype.name, (vector.shape[0],), "numpy.ndarray", write_vector(vector))
 
 
-def _fields(
-    where: str, content: RecordDict, names: Sequence[str], arrays: Sequence[str] = ()
-) -> Fields:
-    expected = ["event", "arrays"] if arrays else ["event"]
-    if sorted(content) != sorted(expected):
-        raise ProtocolError(
-            f"{where}: must hold the records {', '.join(expected)}, got {len(content)} records"
-        )
-    record = content["event"]
-    if not isinstance(record, ConfigRecord):
-        raise ProtocolError(
-            f"{where}: the record event must be a ConfigRecord, got {type(record).__name__}"
-        )
-    return Fields(where, dict(record)).require(*names)
-
-
 def _vector(
     where: str, content: RecordDict, name: str, dtypes: tuple[str, ...]
 ) -> NDArray[np.generic]:
@@ -194,186 +192,64 @@ def _finite(where: str, name: str, vector: NDArray[np.generic]) -> NDArray[np.ge
     return vector
 
 
-def _of(name: str, mapping: Mapping[int, bytes]) -> dict[str, Value]:
-    members = sorted(mapping)
-    return {f"{name}_of": members, name: [mapping[member] for member in members]}
-
-
 # --- plan, adverts and shares --------------------------------------------------------------------
 
 
+def _open(where: str, content: RecordDict, array: str = "") -> Fields:
+    """The fields of a message that holds one event, and one array if that has a name."""
+    expected = ["event", "arrays"] if array else ["event"]
+    if sorted(content) != sorted(expected):
+        names = ", ".join(expected)
+        raise ProtocolError(f"{where}: must hold the records {names}, got {len(content)} records")
+    record = content["event"]
+    if not isinstance(record, ConfigRecord):
+        kind = type(record).__name__
+        raise ProtocolError(f"{where}: the record event must be a ConfigRecord, got {kind}")
+    return Fields(where, dict(record))
+
+
 def _read_opening(where: str, content: RecordDict) -> Opening:
-    fields = _fields(where, content, (*PLAN_FIELDS, "config"))
+    fields = _open(where, content).require(*PLAN_FIELDS, "config")
     return Opening(RoundOpened(read_plan(fields)), fields.blob("config", 2, MAX_CONFIG))
 
 
+def _read_training(where: str, content: RecordDict) -> Training:
+    return Training(read_delivery(_open(where, content, "model")), _model(where, content))
+
+
 def _read_plain_training(where: str, content: RecordDict) -> PlainTraining:
-    fields = _fields(where, content, (*PLAN_FIELDS, "config"), ("model",))
+    fields = _open(where, content, "model").require(*PLAN_FIELDS, "config")
     config = fields.blob("config", 2, MAX_CONFIG)
     return PlainTraining(RoundOpened(read_plan(fields)), config, _model(where, content))
 
 
-_ADVERT = ("member", "channel_key", "mask_key", "seed_commitment", "signature")
-_ADVERT_SIZES = {
-    "channel_key": KEY,
-    "mask_key": KEY,
-    "seed_commitment": HASH,
-    "signature": SIGNATURE,
-}
-
-
-def _read_advert(where: str, content: RecordDict) -> Advert:
-    fields = _fields(where, content, _ADVERT)
-    parts = {name: fields.blob(name, size) for name, size in _ADVERT_SIZES.items()}
-    return Advert(fields.integer("member", 0, MAX_MEMBERS), **parts)
-
-
-def _cohort_values(event: CohortFixed) -> dict[str, Value]:
-    adverts = event.adverts
-    values: dict[str, Value] = {
-        name: [vars(advert)[name] for advert in adverts] for name in _ADVERT_SIZES
-    }
-    return values | {"members": [advert.member for advert in adverts]}
-
-
-def _read_cohort(where: str, content: RecordDict) -> CohortFixed:
-    fields = _fields(where, content, ("members", *_ADVERT_SIZES))
-    members = fields.members("members")
-    lists = [fields.blobs(name, size, count=len(members)) for name, size in _ADVERT_SIZES.items()]
-    return CohortFixed(tuple(Advert(*row) for row in zip(members, *lists, strict=True)))
-
-
-def _bundle_values(event: ShareBundle) -> dict[str, Value]:
-    shares = _of("packages", event.packages) | _of("share_hashes", event.share_hashes)
-    return shares | {"member": event.member, "signature": event.signature}
-
-
-def _read_bundle(where: str, content: RecordDict) -> ShareBundle:
-    names = ("member", "packages_of", "packages", "share_hashes_of", "share_hashes", "signature")
-    fields = _fields(where, content, names)
-    return ShareBundle(
-        fields.integer("member", 0, MAX_MEMBERS),
-        fields.mapping("packages", 1, MAX_PACKAGE),
-        fields.mapping("share_hashes", HASH),
-        fields.blob("signature", SIGNATURE),
-    )
-
-
-def _delivery_values(event: SharesDelivered) -> dict[str, Value]:
-    """Bundles as flat lists: each dealer's counts, then all in a row."""
-    bundles = [event.bundles[dealer] for dealer in sorted(event.bundles)]
-    values: dict[str, Value] = {
-        "dealers": list(event.dealers),
-        "bundles": [bundle.member for bundle in bundles],
-        "signatures": [bundle.signature for bundle in bundles],
-    }
-    for name in ("packages", "share_hashes"):
-        mappings = [vars(bundle)[name] for bundle in bundles]
-        values[f"{name}_count"] = [len(mapping) for mapping in mappings]
-        values[f"{name}_of"] = [member for mapping in mappings for member in sorted(mapping)]
-        values[name] = [mapping[member] for mapping in mappings for member in sorted(mapping)]
-    return values
-
-
-_DELIVERY = (
-    "dealers",
-    "bundles",
-    "signatures",
-    *(f"{name}{end}" for name in ("packages", "share_hashes") for end in ("_count", "_of", "")),
-)
-
-
-def _read_mappings(
-    fields: Fields, name: str, low: int, high: int, *, count: int
-) -> list[dict[int, bytes]]:
-    counts = fields.integers(f"{name}_count", count)
-    members = fields.integers(f"{name}_of", sum(counts))
-    blobs = fields.blobs(name, low, high, count=sum(counts))
-    mappings, start = [], 0
-    for length in counts:
-        rows = slice(start, start + length)
-        Fields(fields.where, {f"{name}_of": list(members[rows])}).members(f"{name}_of")
-        mappings.append(dict(zip(members[rows], blobs[rows], strict=True)))
-        start += length
-    return mappings
-
-
-def _read_training(where: str, content: RecordDict) -> Training:
-    fields = _fields(where, content, _DELIVERY, ("model",))
-    senders = fields.members("bundles")
-    rows = zip(
-        senders,
-        _read_mappings(fields, "packages", 1, MAX_PACKAGE, count=len(senders)),
-        _read_mappings(fields, "share_hashes", HASH, HASH, count=len(senders)),
-        fields.blobs("signatures", SIGNATURE, count=len(senders)),
-        strict=True,
-    )
-    bundles = {row[0]: ShareBundle(*row) for row in rows}
-    return Training(SharesDelivered(fields.members("dealers"), bundles), _model(where, content))
-
-
-# --- vectors and unmasking -----------------------------------------------------------------------
-
-
 def _read_masked(where: str, content: RecordDict) -> MaskedUpdate:
-    fields = _fields(where, content, ("member", "signature"), ("words",))
+    fields = _open(where, content, "words").require("member", "signature")
     words = cast(Words, _vector(where, content, "words", ("uint16", "uint32")))
-    return MaskedUpdate(
-        fields.integer("member", 0, MAX_MEMBERS), words, fields.blob("signature", SIGNATURE)
-    )
+    return MaskedUpdate(fields.member(), words, fields.blob("signature", SIGNATURE))
 
 
 def _read_survivors(where: str, content: RecordDict) -> SurvivorsProposed:
-    fields = _fields(where, content, ("dealers", "survivors"))
+    fields = _open(where, content).require("dealers", "survivors")
     return SurvivorsProposed(fields.members("dealers"), fields.members("survivors"))
 
 
 def _read_survivor_signature(where: str, content: RecordDict) -> SurvivorSignature:
-    fields = _fields(where, content, ("member", "signature"))
-    return SurvivorSignature(
-        fields.integer("member", 0, MAX_MEMBERS), fields.blob("signature", SIGNATURE)
-    )
+    fields = _open(where, content).require("member", "signature")
+    return SurvivorSignature(fields.member(), fields.blob("signature", SIGNATURE))
 
 
 def _read_unmask_request(where: str, content: RecordDict) -> UnmaskRequested:
-    fields = _fields(where, content, ("signatures_of", "signatures"))
+    fields = _open(where, content).require("signatures_of", "signatures")
     return UnmaskRequested(fields.mapping("signatures", SIGNATURE))
 
 
-def _unmask_values(event: UnmaskReply) -> dict[str, Value]:
-    shares = _of("seed_shares", event.seed_shares) | _of("key_shares", event.key_shares)
-    return shares | {
-        "member": event.member,
-        "own_seed": event.own_seed,
-        "signature": event.signature,
-    }
-
-
-def _read_unmask_reply(where: str, content: RecordDict) -> UnmaskReply:
-    names = (
-        "seed_shares_of",
-        "seed_shares",
-        "key_shares_of",
-        "key_shares",
-        "member",
-        "own_seed",
-        "signature",
-    )
-    fields = _fields(where, content, names)
-    return UnmaskReply(
-        fields.integer("member", 0, MAX_MEMBERS),
-        fields.mapping("seed_shares", 1, MAX_SHARE),
-        fields.mapping("key_shares", 1, MAX_SHARE),
-        fields.blob("own_seed", 0, KEY),
-        fields.blob("signature", SIGNATURE),
-    )
-
-
 def _read_plain_update(where: str, content: RecordDict) -> PlainUpdate:
-    fields = _fields(where, content, ("member", "weight", "held_out", "held_out_loss"), ("update",))
+    fields = _open(where, content, "update")
+    fields.require("member", "weight", "held_out", "held_out_loss")
     vector = _finite(where, "update", _vector(where, content, "update", ("float32",)))
     return PlainUpdate(
-        fields.integer("member", 0, MAX_MEMBERS),
+        fields.member(),
         cast(NDArray[np.float32], vector),
         fields.integer("weight"),
         fields.integer("held_out", 0, 1) == 1,
@@ -382,29 +258,58 @@ def _read_plain_update(where: str, content: RecordDict) -> PlainUpdate:
 
 
 def _read_hello(where: str, content: RecordDict) -> Hello:
-    return Hello(_fields(where, content, ("member",)).integer("member", 0, MAX_MEMBERS))
+    return Hello(_open(where, content).require("member").member())
 
 
 # --- both directions -----------------------------------------------------------------------------
 
 
-def write_request(request: Request) -> RecordDict:
-    """A server's message as a RecordDict."""
+def write_requests(requests: Mapping[int, Request]) -> dict[int, RecordDict]:
+    """Messages to many members; a model that several share is written once."""
+    contents: dict[int, RecordDict] = {}
+    packed: dict[int, ArrayRecord] = {}
+    for member, request in requests.items():
+        if isinstance(request, Training | PlainTraining):
+            key = id(request.model)
+            if key not in packed:
+                packed[key] = _model_record(request.model)
+            contents[member] = write_request(request, model=packed[key])
+        else:
+            contents[member] = write_request(request)
+    return contents
+
+
+def write_request(request: Request, *, model: ArrayRecord | None = None) -> RecordDict:
+    """A server's message as a RecordDict.
+
+    Args:
+        request: The message.
+        model: Its model as it was written before, so that it is not written again.
+    """
+    content = _record(_request_values(request))
+    if isinstance(request, Training | PlainTraining):
+        content["arrays"] = model or _model_record(request.model)
+    return content
+
+
+def _model_record(model: NDArray[np.float32]) -> ArrayRecord:
+    return ArrayRecord({"model": _array(model.astype(np.float32))})
+
+
+def _request_values(request: Request) -> Mapping[str, Value]:
     match request:
         case Opening(event, config):
-            return _record(plan_values(event.plan) | {"config": config})
+            return plan_values(event.plan) | {"config": config}
         case CohortFixed():
-            return _record(_cohort_values(request))
-        case Training(event, model):
-            return _record(_delivery_values(event), {"model": model.astype(np.float32)})
+            return cohort_values(request)
+        case Training(event):
+            return delivery_values(event)
         case SurvivorsProposed(dealers, survivors):
-            return _record({"dealers": list(dealers), "survivors": list(survivors)})
+            return {"dealers": list(dealers), "survivors": list(survivors)}
         case UnmaskRequested(signatures):
-            return _record(_of("signatures", signatures))
-        case PlainTraining(event, config, model):
-            return _record(
-                plan_values(event.plan) | {"config": config}, {"model": model.astype(np.float32)}
-            )
+            return by_member("signatures", signatures)
+        case PlainTraining(event, config):
+            return plan_values(event.plan) | {"config": config}
 
 
 def write_reply(reply: Reply) -> RecordDict:
@@ -413,15 +318,15 @@ def write_reply(reply: Reply) -> RecordDict:
         case Hello(member):
             return _record({"member": member})
         case Advert():
-            return _record({name: vars(reply)[name] for name in _ADVERT})
+            return _record(advert_values(reply))
         case ShareBundle():
-            return _record(_bundle_values(reply))
+            return _record(bundle_values(reply))
         case MaskedUpdate(member, words, signature):
             return _record({"member": member, "signature": signature}, {"words": words})
         case SurvivorSignature(member, signature):
             return _record({"member": member, "signature": signature})
         case UnmaskReply():
-            return _record(_unmask_values(reply))
+            return _record(unmask_values(reply))
         case PlainUpdate(member, vector, weight, held_out, loss):
             values: dict[str, Value] = {
                 "member": member,
@@ -435,7 +340,7 @@ def write_reply(reply: Reply) -> RecordDict:
 
 _REQUESTS: Mapping[Stage, Callable[[str, RecordDict], Request]] = {
     "query.keys": _read_opening,
-    "query.shares": _read_cohort,
+    "query.shares": lambda where, content: read_cohort(_open(where, content)),
     "train.masked": _read_training,
     "query.consistency": _read_survivors,
     "query.unmask": _read_unmask_request,
@@ -443,11 +348,11 @@ _REQUESTS: Mapping[Stage, Callable[[str, RecordDict], Request]] = {
 }
 _REPLIES: Mapping[Stage, Callable[[str, RecordDict], Reply]] = {
     "query.hello": _read_hello,
-    "query.keys": _read_advert,
-    "query.shares": _read_bundle,
+    "query.keys": lambda where, content: read_advert(_open(where, content)),
+    "query.shares": lambda where, content: read_bundle(_open(where, content)),
     "train.masked": _read_masked,
     "query.consistency": _read_survivor_signature,
-    "query.unmask": _read_unmask_reply,
+    "query.unmask": lambda where, content: read_unmask_reply(_open(where, content)),
     "train.plain": _read_plain_update,
 }
 
@@ -470,6 +375,30 @@ def read_reply(stage: Stage, content: RecordDict, sender: str) -> Reply:
             stage and field.
     """
     return _REPLIES[stage](f"{stage} of {sender}", content)
+
+
+def pack(content: RecordDict) -> bytes:
+    """A message as bytes; the same content gives the same bytes."""
+    data: bytes = recorddict_to_proto(content).SerializeToString(deterministic=True)
+    return data
+
+
+def digest(content: RecordDict) -> bytes:
+    """SHA-256 of a message; its arrays are hashed where they are, without a copy."""
+    total = hashlib.sha256()
+    for name, record in sorted(content.items()):
+        if isinstance(record, ArrayRecord):
+            for key, array in record.items():
+                head = f"{name} {key} {array.dtype} {array.shape} {len(array.data)}\n"
+                total.update(head.encode() + hashlib.sha256(array.data).digest())
+        else:
+            total.update(pack(RecordDict({name: record})))
+    return total.digest()
+
+
+def unpack(data: bytes) -> RecordDict:
+    """The inverse of `pack`, for bytes of one's own."""
+    return recorddict_from_proto(ProtoRecordDict.FromString(data))
 
 
 def payload_bytes(content: RecordDict) -> int:

@@ -1,0 +1,202 @@
+"""One attempt at a round: the exchanges that the protocol names, from a plan to a decoded sum.
+
+Guarantee (spec of secure aggregation, rule 5): survivors and masked sum are durable before anybody
+is asked to unmask; missing unmask replies are asked for again, of the same survivors alone; giving
+up is final.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import RecordDict
+from numpy.typing import NDArray
+
+from fedoppu.common.errors import RoundAborted
+from fedoppu.common.messages import (
+    PLAIN,
+    Opening,
+    PlainTraining,
+    PlainUpdate,
+    Request,
+    Stage,
+    Training,
+    write_request,
+    write_requests,
+)
+from fedoppu.common.quantization import decode_sum
+from fedoppu.common.rounds import (
+    ClientEvent,
+    Exchange,
+    Outgoing,
+    RoundOpened,
+    RoundPlan,
+    SharesDelivered,
+    StageEnded,
+    SumReady,
+)
+from fedoppu.server.exchange import Exchanger
+from fedoppu.server.secagg import SecAggServer
+from fedoppu.server.tally import Tally
+
+ASK_AGAIN = 3  # times that missing unmask replies are asked for
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a successful attempt says.
+
+    Attributes:
+        mean: (num_params,) float32, the weighted mean update.
+        weight: Sum of the weights.
+        held_out_loss: Federated mean, nats, or None.
+        held_out_clients: Clients in it.
+        clipped: Coordinates beyond the range, over all survivors.
+        survivors: Sorted.
+        liars: Member: what it did wrong.
+    """
+
+    mean: NDArray[np.float32] = field(repr=False)
+    weight: int
+    held_out_loss: float | None
+    held_out_clients: int
+    clipped: int
+    survivors: tuple[int, ...]
+    liars: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The parts of an attempt.
+
+    Attributes:
+        plan: Its plan.
+        config: Canonical bytes of the federation's config.
+        model: (num_params,) float32, the factors that are sent down.
+        exchanger: Reaches the members.
+        tally: Of the round.
+        tolerate_failures: Whether an exception in a client is a drop.
+    """
+
+    plan: RoundPlan
+    config: bytes = field(repr=False)
+    model: NDArray[np.float32] = field(repr=False)
+    exchanger: Exchanger = field(repr=False)
+    tally: Tally = field(repr=False)
+    tolerate_failures: bool = False
+
+    # --- secure ----------------------------------------------------------------------------------
+
+    def secure(
+        self, machine: SecAggServer, *, before_unmask: Callable[[SecAggServer], None]
+    ) -> Outcome:
+        """Drives a machine from where it is to the sum.
+
+        Args:
+            machine: Fresh, or loaded where a crash left it.
+            before_unmask: Makes machine and survivors durable.
+
+        Raises:
+            RoundAborted: A stage ended below a threshold, or the sum cannot be.
+            ClientFailed: An exception in a client.
+        """
+        while isinstance(stage := machine.stage, Exchange):
+            if stage is Exchange.UNMASK:
+                before_unmask(machine)
+            with self.tally.timed(stage.value):
+                self._ask(machine, stage)
+                if stage is Exchange.UNMASK:
+                    self._ask_again(machine)
+                following = machine.receive(StageEnded())
+            for event in following:
+                if isinstance(event, SumReady):
+                    return self._decode(event)
+        raise RoundAborted(f"round {self.plan.round} had been given up before")
+
+    def _ask(self, machine: SecAggServer, stage: Exchange) -> None:
+        """One exchange; what the machine does not accept counts as that member's drop."""
+        name: Stage = stage.value
+        requests = {out.member: self._request(out) for out in machine.pending()}
+        contents = write_requests(requests)
+        answers = self.exchanger.exchange(name, contents, str(self.plan.round))
+        self.tally.add(name, answers, tolerate_failures=self.tolerate_failures)
+        before = set(machine.liars)
+        for member in sorted(answers.replies):
+            reply = answers.replies[member]
+            if isinstance(reply, ClientEvent):
+                machine.receive(reply)
+        self.tally.name(name, set(machine.liars) - before, machine.liars)
+
+    def _ask_again(self, machine: SecAggServer) -> None:
+        for _ in range(ASK_AGAIN):
+            if machine.sufficient:
+                return
+            self._ask(machine, Exchange.UNMASK)
+
+    def _request(self, out: Outgoing) -> Request:
+        match out.event:
+            case RoundOpened():
+                return Opening(out.event, self.config)
+            case SharesDelivered():
+                return Training(out.event, self.model)
+            case _:
+                return out.event
+
+    def _decode(self, ready: SumReady) -> Outcome:
+        decoded = decode_sum(ready.words, self.plan, ready.survivors)
+        return Outcome(
+            mean=decoded.mean_update,
+            weight=decoded.total_weight,
+            held_out_loss=decoded.held_out_loss,
+            held_out_clients=decoded.held_out_clients,
+            clipped=decoded.clipped,
+            survivors=ready.survivors,
+            liars=ready.liars,
+        )
+
+    # --- research only ---------------------------------------------------------------------------
+
+    def plain(self, cohort: Sequence[int]) -> Outcome:
+        """One exchange in which updates travel in clear: the server sees each of them.
+
+        Raises:
+            RoundAborted: Fewer than the plan's min_cohort answered.
+            ClientFailed: An exception in a client.
+        """
+        request = PlainTraining(RoundOpened(self.plan), self.config, self.model)
+        content: RecordDict = write_request(request)
+        with self.tally.timed(PLAIN):
+            answers = self.exchanger.exchange(
+                PLAIN, dict.fromkeys(cohort, content), str(self.plan.round)
+            )
+        self.tally.add(PLAIN, answers, tolerate_failures=self.tolerate_failures)
+        updates = [
+            reply
+            for _, reply in sorted(answers.replies.items())
+            if isinstance(reply, PlainUpdate) and reply.vector.shape == (self.plan.num_params,)
+        ]
+        if len(updates) < self.plan.min_cohort:
+            raise RoundAborted(
+                f"round {self.plan.round} attempt {self.plan.attempt}: {len(updates)} of "
+                f"{len(cohort)} members answered, {self.plan.min_cohort} must"
+            )
+        return _mean_of(updates, self.plan)
+
+
+def _mean_of(updates: Sequence[PlainUpdate], plan: RoundPlan) -> Outcome:
+    """The weighted mean of clear updates, summed in the order of the members."""
+    weights = [min(update.weight, plan.max_weight) for update in updates]
+    total = np.zeros(plan.num_params, np.float64)
+    for update, weight in zip(updates, weights, strict=True):
+        total += weight * update.vector.astype(np.float64)
+    losses = [update.held_out_loss for update in updates if update.held_out]
+    shown = len(losses) >= plan.min_cohort
+    return Outcome(
+        mean=(total / max(sum(weights), 1)).astype(np.float32),
+        weight=sum(weights),
+        held_out_loss=sum(losses) / len(losses) if shown else None,
+        held_out_clients=len(losses) if shown else 0,
+        clipped=0,
+        survivors=tuple(update.member for update in updates),
+        liars={},
+    )

@@ -1,0 +1,244 @@
+"""Rounds and their attempts: cohort, plan, exchanges, the new adapter, the commit.
+
+Guarantee: every choice is a function of root, round, attempt and members; sums are integers; so the
+same root gives the same bytes whatever the transport, the order of replies or the node ids. A round
+is committed whole. Members that were asked to unmask in an attempt that failed sit out until the
+model has changed (spec of secure aggregation, rule 5).
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fedoppu.common.adapters import Adapter
+from fedoppu.common.errors import DataError, RoundAborted
+from fedoppu.common.quantization import require_no_overflow
+from fedoppu.common.rounds import RoundPlan
+from fedoppu.common.shared_adapter import apply_mean, sent_down, travelling
+from fedoppu.common.thresholds import plan_thresholds
+from fedoppu.server.attempt import Attempt, Outcome
+from fedoppu.server.checkpoint import AttemptState, RoundCheckpoint
+from fedoppu.server.exchange import Exchanger
+from fedoppu.server.metrics import RoundRecord, RoundTiming
+from fedoppu.server.ranges import next_range
+from fedoppu.server.runtime import ServerRuntime
+from fedoppu.server.secagg import SecAggServer
+from fedoppu.server.tally import Tally
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where the federation stands between two rounds.
+
+    Attributes:
+        round: The last committed one; 0 before the first.
+        adapter: The shared adapter.
+        value_range: Of the next round.
+        run_id: Of the run.
+    """
+
+    round: int
+    adapter: Adapter = field(repr=False)
+    value_range: float
+    run_id: str
+
+    @classmethod
+    def resume(cls, runtime: ServerRuntime) -> "Standing":
+        """After the last committed round, or before the first."""
+        latest = runtime.checkpoints.latest()
+        if latest is None:
+            value_range = runtime.config.encoding.value_range
+            return cls(0, runtime.initial, value_range, runtime.run_id)
+        record = latest.record
+        return cls(record.round, latest.adapter, record.next_range, latest.run_id)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Runs rounds over a Grid.
+
+    Attributes:
+        runtime: The server's side of the federation.
+        exchanger: Reaches the members.
+    """
+
+    runtime: ServerRuntime = field(repr=False)
+    exchanger: Exchanger = field(repr=False)
+
+    def run(self, standing: Standing) -> Standing:
+        """One round, in as many attempts as it takes and the configuration allows.
+
+        Raises:
+            RoundAborted: No attempt succeeded, or too few members may still be asked.
+            ClientFailed: An exception in a client.
+        """
+        state, tally = self._stored(standing), Tally()
+        for _ in range(self.runtime.config.thresholds.attempts):
+            if not state.machine:
+                state = self._next(state)
+            tally.begin(state.attempt)
+            attempt = self._attempt(standing, state, tally)
+            try:
+                outcome = self._outcome(attempt, state)
+            except RoundAborted as error:
+                tally.aborted.append(str(error))
+                state = self._give_up(state)
+            else:
+                return self._commit(standing, state, attempt.plan, outcome=outcome, tally=tally)
+        raise RoundAborted(
+            f"round {state.round} was given up after {len(tally.aborted)} attempts: "
+            f"{tally.aborted[-1]}; "
+            f"{tally.who()}",
+            hint="start the missing clients, raise the deadline or thresholds.max_drop, or set "
+            "thresholds.attempts",
+        )
+
+    # --- attempts --------------------------------------------------------------------------------
+
+    def _stored(self, standing: Standing) -> AttemptState:
+        """The attempt that a crash interrupted, or none yet."""
+        stored = self.runtime.attempts.load()
+        number = standing.round + 1
+        if stored is not None and (stored.run_id, stored.round) == (standing.run_id, number):
+            return stored
+        return AttemptState(standing.run_id, number, attempt=-1)
+
+    def _next(self, state: AttemptState) -> AttemptState:
+        """A new attempt with a new cohort, both durable before anybody is asked."""
+        runtime, number = self.runtime, state.attempt + 1
+        out = tuple(sorted({*state.sitting_out, *state.asked}))
+        eligible = sorted(set(self.exchanger.nodes) - set(out))
+        least = runtime.config.thresholds.floor + runtime.config.thresholds.corrupt
+        if len(eligible) < least:
+            raise RoundAborted(
+                f"round {state.round}: {len(eligible)} members may still be asked, {least} are "
+                f"needed; members {', '.join(map(str, out)) or 'none'} were asked to unmask and "
+                "sit out until the model has changed",
+                hint="enrol more members, or begin a new run",
+            )
+        cohort = runtime.cohorts.sample(
+            runtime.randomness, eligible, round=state.round, attempt=number
+        )
+        after = AttemptState(state.run_id, state.round, number, cohort, sitting_out=out)
+        runtime.attempts.save(after)
+        return after
+
+    def _give_up(self, state: AttemptState) -> AttemptState:
+        """Final: the masked sum is deleted; whoever was asked to unmask is remembered."""
+        stored = self.runtime.attempts.load() or state
+        after = replace(stored, machine=b"")
+        self.runtime.attempts.save(after)
+        return after
+
+    def _attempt(self, standing: Standing, state: AttemptState, tally: Tally) -> Attempt:
+        config = self.runtime.config
+        down = sent_down(config.shared.aggregation)
+        return Attempt(
+            plan=self._plan(standing, state),
+            config=config.canonical(),
+            model=standing.adapter.spec.flatten(standing.adapter.tensors, down),
+            exchanger=self.exchanger,
+            tally=tally,
+            tolerate_failures=self.runtime.tolerate_failures,
+        )
+
+    def _plan(self, standing: Standing, state: AttemptState) -> RoundPlan:
+        config, adapter = self.runtime.config, standing.adapter
+        factors = travelling(config.shared.aggregation, state.round)
+        limits = plan_thresholds(len(state.cohort), config.thresholds)
+        plan = RoundPlan(
+            run_id=state.run_id,
+            round=state.round,
+            attempt=state.attempt,
+            config_hash=config.hash().hex(),
+            roster_hash=self.runtime.roster.hash(),
+            model_hash=adapter.digest(),
+            num_params=adapter.spec.num_params(factors),
+            factors="".join(factors),
+            clip=float(config.encoding.clip),
+            value_range=float(standing.value_range),
+            word_bits=config.encoding.word_bits,
+            level_bits=config.encoding.level_bits,
+            max_weight=config.shared.max_weight,
+            threshold=limits.threshold,
+            neighbours=limits.neighbours,
+            min_cohort=limits.min_cohort,
+            max_drops=limits.max_drops,
+        )
+        require_no_overflow(plan, len(state.cohort))
+        return plan
+
+    def _outcome(self, attempt: Attempt, state: AttemptState) -> Outcome:
+        if self.runtime.config.plain_updates:
+            return attempt.plain(state.cohort)
+        machine = self._machine(attempt.plan, state)
+
+        def before_unmask(machine: SecAggServer) -> None:
+            asked = tuple(out.member for out in machine.pending())
+            self.runtime.attempts.save(replace(state, asked=asked, machine=machine.dump()))
+
+        return attempt.secure(machine, before_unmask=before_unmask)
+
+    def _machine(self, plan: RoundPlan, state: AttemptState) -> SecAggServer:
+        """A fresh machine, or the one that was stored before anybody was asked to unmask."""
+        corrupt, roster = self.runtime.config.thresholds.corrupt, self.runtime.roster
+        if not state.machine:
+            return SecAggServer(plan, roster, invited=state.cohort, corrupt=corrupt)
+        machine = SecAggServer.load(state.machine, roster, corrupt=corrupt)
+        if machine.plan != plan:
+            raise DataError(
+                f"the stored attempt at round {plan.round} has another plan than this run would "
+                "make: configuration, roster or model were changed",
+                hint="go on with those that the run began with",
+            )
+        return machine
+
+    # --- the commit ------------------------------------------------------------------------------
+
+    def _commit(
+        self,
+        standing: Standing,
+        state: AttemptState,
+        plan: RoundPlan,
+        *,
+        outcome: Outcome,
+        tally: Tally,
+    ) -> Standing:
+        factors = travelling(self.runtime.config.shared.aggregation, plan.round)
+        adapter = apply_mean(standing.adapter, outcome.mean, factors)
+        record = _record(state, plan, outcome, tally=tally, model_hash=adapter.digest())
+        checkpoint = RoundCheckpoint(state.run_id, plan.config_hash, adapter, record)
+        self.runtime.checkpoints.commit(checkpoint)
+        self.runtime.attempts.save(AttemptState(state.run_id, state.round + 1, attempt=-1))
+        self.runtime.progress(record, RoundTiming(state.round, tuple(tally.stages)))
+        return Standing(state.round, adapter, record.next_range, state.run_id)
+
+
+def _record(
+    state: AttemptState, plan: RoundPlan, outcome: Outcome, *, tally: Tally, model_hash: str
+) -> RoundRecord:
+    count = len(outcome.survivors)
+    share = outcome.clipped / max(count * plan.num_params, 1)
+    mean = outcome.mean.astype(np.float64)
+    # what was released is the update times weight / max_weight
+    released = mean * (outcome.weight / plan.max_weight)
+    return RoundRecord(
+        round=state.round,
+        attempt=state.attempt,
+        cohort=state.cohort,
+        survivors=outcome.survivors,
+        drops=tally.drops,
+        bytes_up=tally.bytes_up,
+        bytes_down=tally.bytes_down,
+        held_out_loss=outcome.held_out_loss,
+        held_out_clients=outcome.held_out_clients,
+        weight=outcome.weight,
+        update_norm=float(np.sqrt(np.sum(np.square(mean)))),
+        clipped_share=share,
+        clip=plan.clip,
+        value_range=plan.value_range,
+        next_range=next_range(plan.value_range, share, total=released, clients=count),
+        model_hash=model_hash,
+        liars=outcome.liars,
+        aborted=tuple(tally.aborted),
+    )
