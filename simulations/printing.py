@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from fedoppu.simulations.panels import ALL
 from fedoppu.simulations.scores import METRICS
 from fedoppu.simulations.table import DIFFERENCES, WRONG_USER, Row, Table
 
@@ -69,7 +70,7 @@ def cells(rows: Iterable[Row]) -> dict[Cell, list[Row]]:
 def shown_metrics(rows: Sequence[Row]) -> list[str]:
     """The metrics of a cell that fit a line: ratings are read by their error, not by accuracy."""
     present = {row.metric for row in rows}
-    hidden = {"accuracy"} if "mae" in present and rows[0].task != "all" else set()
+    hidden = {"accuracy"} if "mae" in present and rows[0].task != ALL else set()
     return [name for name in SHOWN if name in present - hidden]
 
 
@@ -104,12 +105,22 @@ def print_table(table: Table, console: Console) -> None:
         console.print(_grid(rows))
 
 
-def heading(cell: Cell, rows: Sequence[Row]) -> str:
-    """Names a cell: task, retrieval, profile, how many users and queries at most."""
+def cell_name(cell: Cell) -> str:
+    """Names a cell: task, retrieval, and the profile if there is one."""
     task, k, profile = cell
+    name = "all tasks" if task == ALL else task
+    return f"{name}, k={k}" + (f", {profile} profile" if profile != "none" else "")
+
+
+def heading(cell: Cell, rows: Sequence[Row]) -> str:
+    """A cell's name, and how many users and queries it has at most."""
     users, queries = max((row.users, row.queries) for row in rows)
-    name = "all tasks" if task == "all" else task
-    return f"{name}, k={k}, profile={profile}: {users} users, {queries} queries"
+    return f"{cell_name(cell)}: {_count(users, 'user')}, {_count(queries, 'query')}"
+
+
+def _count(number: int, one: str) -> str:
+    many = f"{one[:-1]}ies" if one.endswith("y") else f"{one}s"
+    return f"{number} {one if number == 1 else many}"
 
 
 def _grid(rows: Sequence[Row]) -> Grid:

@@ -18,6 +18,7 @@ from fedoppu.simulations.panels import ALL
 from fedoppu.simulations.printing import (
     Cell,
     arm_name,
+    cell_name,
     cells,
     heading,
     interval,
@@ -92,10 +93,9 @@ def _overview(rows: Sequence[Row]) -> list[Line]:
         by_arm = {(row.arm, row.control): row for row in own if row.metric == metric}
         values = [by_arm.get((arm, None)) for arm in ("shared", "personal")]
         gains = [by_arm.get((arm, None)) for arm in (MAIN, "personal-wrong_user")]
-        texts = [(number(row.value if row else None), False) for row in values]
-        texts += [(interval(row), is_clear(row)) for row in gains]
-        name = heading(cell, own).split(":")[0]
-        found.append(Line(name, ((title_of(metric), False), *texts)))
+        texts = [(interval(row), is_clear(row)) for row in gains]
+        texts += [(number(row.value if row else None), False) for row in values]
+        found.append(Line(cell_name(cell), ((title_of(metric), False), *texts)))
     return found
 
 
@@ -109,6 +109,7 @@ def _section(cell: Cell, rows: Sequence[Row], data: ReportData) -> dict[str, Any
     known = [row for row in gains if row.value is not None]
     return {
         "anchor": "-".join(str(part) for part in cell),
+        "name": cell_name(cell),
         "title": heading(cell, rows),
         "unit": title_of(metric),
         "findings": findings(rows),

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fedoppu.simulations.panels import Unit
+from fedoppu.simulations.panels import ALL, Unit
 from fedoppu.simulations.table import Row, Table
 
 State = Literal["shown", "open", "against"]
@@ -119,7 +119,7 @@ def headline(rows: Sequence[Row]) -> str:
     A small base writes poor text, so that ROUGE says less than the loss of the gold answer.
     """
     present = {row.metric for row in rows}
-    if "mae" in present and rows[0].task != "all":
+    if "mae" in present and rows[0].task != ALL:
         return "mae"
     return "accuracy" if "accuracy" in present else "loss"
 

@@ -143,7 +143,7 @@ def test_the_same_data_give_the_same_bytes(page: str, tmp_path: Path) -> None:
 
 def test_the_page_holds_everything_that_a_reader_needs(page: str) -> None:
     expected = [
-        "LaMP_2N, k=0, profile=none: 8 users, 64 queries",
+        "LaMP_2N, k=0: 8 users, 64 queries",
         "personal, wrong user",
         "16 of 64 queries (25 %)",
         "research.dropout=0.1 lets members drop out",

@@ -13,7 +13,7 @@ from rich.console import Console
 from fedoppu.common.errors import DataError
 from fedoppu.common.randomness import Randomness
 from fedoppu.simulations.panels import ArmScores, Unit
-from fedoppu.simulations.printing import interval, is_clear, number, print_table
+from fedoppu.simulations.printing import heading, interval, is_clear, number, print_table
 from fedoppu.simulations.scores import (
     Kind,
     QueryResult,
@@ -322,6 +322,11 @@ def test_the_printed_table_fits_100_columns() -> None:
     print_table(build_table(scores, SETTINGS), console)
     assert isinstance(console.file, StringIO)
     text = console.file.getvalue()
-    assert "LaMP_2N, k=0, profile=none: 6 users, 30 queries" in text
+    assert "LaMP_2N, k=0: 6 users, 30 queries" in text
     assert "gain of personal over" in text
     assert "…" not in text
+
+
+def test_a_cell_is_named_by_what_sets_it_apart() -> None:
+    row = Row("all", "base", 2, "llm", None, "loss", 0.1, None, None, 1, 10)
+    assert heading(("all", 2, "llm"), [row]) == "all tasks, k=2, llm profile: 1 user, 10 queries"
