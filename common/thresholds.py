@@ -163,6 +163,6 @@ def _ring_threshold(n: int, smallest: int, neighbours: int, corrupt: int) -> int
     its quorum, which is largest for the largest such cohort.
     """
     complete = min(n, max(COMPLETE_UP_TO, neighbours + 1))
-    small_ring = max(smallest, neighbours + 2)
+    small_ring = max(smallest, COMPLETE_UP_TO + 1, neighbours + 2)
     threshold = least_threshold(small_ring, neighbours, corrupt, members=n)
     return max(threshold, quorum(complete, corrupt)) if smallest <= complete else threshold

@@ -97,9 +97,7 @@ class Federation:
     def __post_init__(self) -> None:
         people = identities(self.n)
         self.roster = roster_of(people)
-        plan = make_plan(
-            self.n, self.roster, settings=self.settings, num_params=self.num_params
-        )
+        plan = make_plan(self.n, self.roster, settings=self.settings, num_params=self.num_params)
         self.plan = replace(plan, word_bits=16, level_bits=8) if self.narrow else plan
         self.pins = Pins(self.roster, CONFIG_HASH)
         self.clients = {

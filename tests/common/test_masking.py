@@ -1,0 +1,152 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from fedoppu.common.masking import (
+    CHUNK_BYTES,
+    KeyAgreement,
+    Mask,
+    add_masks,
+    derive,
+    is_low_order,
+    public_key,
+    random_words,
+    seal,
+    self_mask,
+    unseal,
+)
+from fedoppu.common.rounds import Words
+from fedoppu.common.signing import Scope
+from tests.integration.secagg_harness import identities, make_plan, roster_of
+
+SCOPE = Scope(b"\x01" * 32, b"\x02" * 32)
+# AES-256 of the zero key on the blocks 0 and 1: test case 13 of the GCM specification (H and the tag).
+ZERO_STREAM = bytes.fromhex("dc95c078a2408989ad48a21492842087530f8afbc74536b9a963b4f1c4cb738b")
+
+
+def key(number: int) -> bytes:
+    return hashlib.sha256(b"key %d" % number).digest()
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_mask_stream_is_the_published_aes_counter_stream(dtype: str) -> None:
+    expected = np.frombuffer(ZERO_STREAM, dtype)
+    words = np.zeros(expected.size, expected.dtype)
+    add_masks(words, [Mask(bytes(32))])
+    assert (words == expected).all()
+    assert (np.concatenate(list(random_words(bytes(32), dtype, expected.size))) == expected).all()
+
+
+def test_hkdf_is_that_of_rfc_5869() -> None:
+    # Test case 3: no salt, no info; the first 32 bytes of its output.
+    expected = "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d"
+    assert derive(b"\x0b" * 22, b"").hex() == expected
+
+
+def test_context_is_the_tagged_hash_of_the_sorted_json() -> None:
+    plan = make_plan(4, roster_of(identities(4)))
+    fields = dict(sorted(vars(plan).items()))
+    expected = b"fedoppu round\n" + json.dumps(fields, separators=(",", ":")).encode()
+    assert plan.context == hashlib.sha256(expected).digest()
+
+
+def test_keys_of_a_pair_are_bound_to_round_cohort_purpose_and_direction() -> None:
+    ours, theirs = KeyAgreement(key(1)), KeyAgreement(key(2))
+    there, back = public_key(key(2)), public_key(key(1))
+    sent = ours.channel_key(there, SCOPE, sender=1, recipient=2)
+    assert sent == theirs.channel_key(back, SCOPE, sender=1, recipient=2)
+    others = {
+        sent,
+        ours.channel_key(there, SCOPE, sender=2, recipient=1),
+        ours.channel_key(there, Scope(b"\x03" * 32, SCOPE.cohort), sender=1, recipient=2),
+        ours.channel_key(there, Scope(SCOPE.context, b"\x03" * 32), sender=1, recipient=2),
+        ours.mask(there, SCOPE, owner=1, other=2).key,
+    }
+    assert len(others) == 5
+
+
+def test_pairwise_masks_cancel() -> None:
+    words = np.arange(1000, dtype=np.uint32)
+    ours = KeyAgreement(key(1)).mask(public_key(key(2)), SCOPE, owner=1, other=2)
+    theirs = KeyAgreement(key(2)).mask(public_key(key(1)), SCOPE, owner=2, other=1)
+    assert ours.key == theirs.key
+    assert ours.negative != theirs.negative
+    add_masks(words, [ours])
+    assert (words != np.arange(1000)).mean() > 0.99
+    add_masks(words, [theirs])
+    assert (words == np.arange(1000)).all()
+
+
+@given(
+    length=st.sampled_from([0, 1, 2, 7, CHUNK_BYTES // 4 - 1, CHUNK_BYTES // 4, 70_001]),
+    narrow=st.booleans(),
+    signs=st.lists(st.booleans(), max_size=4),
+)
+@settings(max_examples=25, deadline=None)
+def test_one_pass_in_chunks_is_the_sum_of_whole_streams(
+    length: int, narrow: bool, signs: list[bool]
+) -> None:
+    dtype = np.dtype("<u2" if narrow else "<u4")
+    masks = [Mask(key(i), negative) for i, negative in enumerate(signs)]
+    words: Words = np.zeros(length, dtype)
+    add_masks(words, masks)
+    expected = np.zeros(length, np.int64)
+    for mask in masks:
+        parts = list(random_words(mask.key, dtype.str, length))
+        stream = np.concatenate([np.zeros(0, dtype), *parts]).astype(np.int64)
+        expected += -stream if mask.negative else stream
+    assert (words == expected % (1 << 8 * dtype.itemsize)).all()
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_masked_constant_looks_uniform(dtype: str) -> None:
+    words = np.full(40_000, 7, dtype)
+    plain = np.bincount(words.view(np.uint8), minlength=256)
+    add_masks(words, [self_mask(key(5), SCOPE, 3)])
+    masked = np.bincount(words.view(np.uint8), minlength=256)
+    assert stats.chisquare(masked).pvalue > 1e-3
+    assert stats.chisquare(plain).pvalue < 1e-12
+
+
+LOW_ORDER = [
+    "00" * 32,
+    "01" + "00" * 31,
+    "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
+    "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
+    "ec" + "ff" * 30 + "7f",
+    "ed" + "ff" * 30 + "7f",
+    "ee" + "ff" * 30 + "7f",
+    "00" * 31 + "80",
+]
+
+
+@pytest.mark.parametrize("encoded", LOW_ORDER)
+def test_low_order_keys_are_known_and_are_those_that_the_library_refuses(encoded: str) -> None:
+    peer = bytes.fromhex(encoded)
+    assert is_low_order(peer)
+    with pytest.raises(ValueError, match=r"."):
+        KeyAgreement(key(1)).channel_key(peer, SCOPE, sender=1, recipient=2)
+
+
+def test_honest_keys_are_not_of_low_order_and_short_ones_are_no_keys() -> None:
+    assert not any(is_low_order(public_key(key(i))) for i in range(50))
+    assert is_low_order(bytes(31))
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_package_opens_only_unchanged_under_its_own_key_and_binding(data: st.DataObject) -> None:
+    package = seal(key(1), b"shares" * 11, b"1 to 2")
+    assert unseal(key(1), package, b"1 to 2") == b"shares" * 11
+    assert unseal(key(1), package, b"1 to 3") is None
+    assert unseal(key(2), package, b"1 to 2") is None
+    place = data.draw(st.integers(0, len(package) - 1))
+    flipped = bytearray(package)
+    flipped[place] ^= data.draw(st.integers(1, 255))
+    assert unseal(key(1), bytes(flipped), b"1 to 2") is None
+    assert unseal(key(1), package[:place], b"1 to 2") is None

@@ -1,0 +1,143 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedoppu.common.errors import RoundAborted, UsageError
+from fedoppu.common.quantization import (
+    CLIPPED,
+    LOSS,
+    LOSS_COUNT,
+    LOSS_LEVELS,
+    LOSS_MAX,
+    WEIGHT,
+    Scalar,
+    VectorLayout,
+    decode_sum,
+    read_scalars,
+    require_no_overflow,
+    round_to_levels,
+    write_scalars,
+)
+from fedoppu.common.rounds import RoundPlan, Words
+from tests.integration.secagg_harness import identities, make_plan, roster_of
+
+PLAN = make_plan(4, roster_of(identities(4)), num_params=1000)
+NARROW = replace(PLAN, word_bits=16, level_bits=8)
+KEY = b"\x07" * 32
+
+
+def encode(plan: RoundPlan, value: float, *, weight: int = 1, loss: float | None = None) -> Words:
+    layout = VectorLayout.of(plan)
+    values = np.full(plan.num_params, value, np.float32)
+    level = 0 if loss is None else round(loss / LOSS_MAX * LOSS_LEVELS)
+    scalars = {WEIGHT: weight, LOSS: level, LOSS_COUNT: int(loss is not None), CLIPPED: 300}
+    levels = round_to_levels(values, layout, key=KEY)
+    return np.concatenate([levels, write_scalars(layout, scalars)])
+
+
+@pytest.mark.parametrize("plan", [PLAN, NARROW])
+@pytest.mark.parametrize("value", [-0.5, -0.1234, 0.0, 1e-6, 0.25, 0.5])
+def test_rounding_is_unbiased_and_off_by_less_than_a_level(plan: RoundPlan, value: float) -> None:
+    layout = VectorLayout.of(plan)
+    levels = round_to_levels(np.full(20_000, value, np.float32), layout, key=KEY)
+    exact = float(np.float32(value)) * layout.middle / layout.value_range + layout.middle
+    assert levels.dtype == layout.dtype
+    assert np.abs(levels - exact).max() < 1
+    assert abs(levels.mean() - exact) < 5 * 0.5 / np.sqrt(levels.size)
+
+
+@pytest.mark.parametrize("plan", [PLAN, NARROW])
+def test_zero_and_the_ends_of_the_range_are_levels(plan: RoundPlan) -> None:
+    layout = VectorLayout.of(plan)
+    values = np.array([-0.5, 0.0, 0.5], np.float32)
+    assert round_to_levels(values, layout, key=KEY).tolist() == [
+        0,
+        layout.middle,
+        2 * layout.middle,
+    ]
+
+
+def test_dither_is_a_function_of_the_key_alone() -> None:
+    layout = VectorLayout.of(NARROW)
+    values = np.linspace(-0.4, 0.4, 1000, dtype=np.float32)
+    once, again = (round_to_levels(values, layout, key=KEY) for _ in range(2))
+    assert (once == again).all()
+    assert (once != round_to_levels(values, layout, key=bytes(32))).any()
+
+
+@given(values=st.lists(st.integers(0, 1), min_size=1, max_size=6), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_scalars_add_up_in_limbs(values: list[int], data: st.DataObject) -> None:
+    layout = VectorLayout.of(NARROW)
+    clients = [
+        {scalar.name: data.draw(st.integers(0, scalar.maximum)) for scalar in layout.scalars}
+        for _ in values
+    ]
+    total = np.zeros(layout.length, layout.dtype)
+    for client in clients:
+        total[layout.num_params :] += write_scalars(layout, client)
+    expected = {name: sum(client[name] for client in clients) for name in clients[0]}
+    assert read_scalars(layout, total, survivors=len(clients)) == expected
+
+
+def test_limbs_hold_the_maximum() -> None:
+    assert [Scalar("x", most).limbs for most in (1, 255, 256, 65_535, 65_536)] == [1, 1, 2, 2, 3]
+
+
+def test_scalar_above_its_maximum_is_refused() -> None:
+    values = {WEIGHT: 65, LOSS: 0, LOSS_COUNT: 0, CLIPPED: 0}
+    with pytest.raises(UsageError, match="weight must be between 0 and 64, got 65"):
+        write_scalars(VectorLayout.of(PLAN), values)
+
+
+@pytest.mark.parametrize(
+    ("word_bits", "level_bits", "most"), [(16, 8, 257), (16, 4, 257), (16, 14, 4), (32, 16, 65_537)]
+)
+def test_overflow_bound_is_exact(word_bits: int, level_bits: int, most: int) -> None:
+    plan = replace(PLAN, word_bits=word_bits, level_bits=level_bits)
+    require_no_overflow(plan, most)
+    with pytest.raises(UsageError, match=rf"{most + 1} members .* sums of at most {most}"):
+        require_no_overflow(plan, most + 1)
+
+
+@pytest.mark.parametrize("plan", [PLAN, NARROW])
+def test_weighted_mean_and_metrics_come_out_of_a_sum(plan: RoundPlan) -> None:
+    # Clients send update * weight / 64: 0.4 * 48/64 and -0.2 * 16/64.
+    one = encode(plan, 0.3, weight=48, loss=2.0)
+    two = encode(plan, -0.05, weight=16, loss=3.0)
+    decoded = decode_sum((one + two).astype(one.dtype), plan, (0, 3), floor=2)
+    assert decoded.total_weight == 64
+    assert decoded.mean_update.dtype == np.float32
+    level = 0.5 / VectorLayout.of(plan).middle
+    assert np.allclose(decoded.mean_update, 0.25, atol=2 * level)
+    assert decoded.held_out_loss == pytest.approx(2.5, abs=LOSS_MAX / LOSS_LEVELS)
+    assert (decoded.held_out_clients, decoded.clipped) == (2, 600)
+
+
+def test_loss_of_fewer_than_the_floor_is_not_published() -> None:
+    total = encode(PLAN, 0.1, loss=2.0) + encode(PLAN, 0.1)
+    for floor in (None, 2):
+        decoded = decode_sum(total, PLAN, (0, 1), floor=floor)
+        assert decoded.held_out_loss is None
+        assert decoded.held_out_clients == 0
+
+
+def test_sum_without_weight_is_a_zero_update() -> None:
+    decoded = decode_sum(encode(PLAN, 0.0, weight=0), PLAN, (0,))
+    assert (decoded.mean_update == 0).all()
+
+
+@pytest.mark.parametrize("place", [0, 999, 1000, 1004])
+def test_total_out_of_range_refuses_the_round(place: int) -> None:
+    total = encode(PLAN, 0.5, weight=64, loss=16.0)
+    total[place] = 2**32 - 1
+    with pytest.raises(RoundAborted, match=r"above the .* some client sent a value out of range"):
+        decode_sum(total, PLAN, (0,))
+
+
+def test_sum_of_another_length_is_refused() -> None:
+    with pytest.raises(RoundAborted, match="the sum has"):
+        decode_sum(np.zeros(3, np.uint32), PLAN, (0,))
