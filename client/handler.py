@@ -209,14 +209,14 @@ class Handler:
     # --- the machine -----------------------------------------------------------------------------
 
     def _machine(self) -> SecAggClient:
-        dumped, last = self.seat.machine, self.seat.last
-        if dumped is None or last is None:
+        dumped, config = self.seat.machine, self.seat.config
+        if dumped is None or config is None:
             raise ProtocolError("no attempt is under way for this client")
-        config_hash = hashlib.sha256(self._config().canonical()).hexdigest()
+        config_hash = hashlib.sha256(config).hexdigest()
         return SecAggClient.load(
             dumped,
             self.runtime.identity,
-            Pins(self.runtime.roster, config_hash, last),
+            Pins(self.runtime.roster, config_hash, self.seat.last),
             policy=self.runtime.policy,
             keys=self.runtime.keys,
         )

@@ -402,8 +402,20 @@ def unpack(data: bytes) -> RecordDict:
 
 
 def payload_bytes(content: RecordDict) -> int:
-    """Bytes of all values and names of a message, without Flower's own framing."""
-    return sum(record.count_bytes() for record in content.values())
+    """Bytes of all values of a message: 8 for a number; without names and Flower's framing."""
+    total = 0
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            total += sum(len(array.data) for array in record.values())
+        else:
+            total += sum(_size(value) for value in record.values())
+    return total
+
+
+def _size(value: object) -> int:
+    if isinstance(value, list):
+        return sum(_size(entry) for entry in value)
+    return len(value) if isinstance(value, bytes | str) else 8
 
 
 def is_server_event(request: Request) -> ServerEvent:

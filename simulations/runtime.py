@@ -32,6 +32,7 @@ from fedoppu.common.rounds import RoundPlan
 from fedoppu.common.shared_adapter import initial_shared, rebuild_shared, sent_down, travelling
 from fedoppu.common.signing import Identity
 from fedoppu.simulations.executors import GroupExecutor
+from fedoppu.simulations.key_source import GridMarker, SeededKeySource
 from fedoppu.simulations.virtual_users import MemoryOutbox, MemoryState
 from fedoppu.simulations.workers import Worker
 
@@ -160,6 +161,39 @@ class SimulatedFederation:
     def initial(self) -> Adapter:
         """The shared adapter before the first round."""
         return initial_shared(self.spec, self.config.public_seed)
+
+
+def simulate_members(
+    config: FederationConfig,
+    spec: AdapterSpec,
+    randomness: Randomness,
+    *,
+    members: int,
+    marker: GridMarker,
+    group_users: int = 1,
+) -> SimulatedFederation:
+    """The members of a simulation, all of whose secrets come from the root.
+
+    Args:
+        config: Of the federation.
+        spec: Shapes of the shared adapter.
+        randomness: Root of the run.
+        members: Number of members.
+        marker: Of the Grid that they live in; their keys end with it.
+        group_users: Members trained in one pass.
+    """
+    identities = tuple(
+        Identity(member, randomness.secret("identity", member)) for member in range(members)
+    )
+    return SimulatedFederation(
+        config=config,
+        spec=spec,
+        identities=identities,
+        roster=Roster(tuple(identity.enrolled for identity in identities)),
+        randomness=randomness,
+        keys=lambda member: SeededKeySource(randomness, member, marker),
+        group_users=group_users,
+    )
 
 
 class SimulatedUsers:
