@@ -19,6 +19,7 @@ from fedoppu.common.thresholds import allowed_drops, least_threshold, quorum
 
 SMALLEST_COHORT = 4  # outside a simulation
 HONEST_FLOOR = 20
+MOST_MISSED = 32  # rounds, for the bound of range_change
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ClientPolicy:
         corrupt: Members of the roster that are assumed corrupt; all may be in a cohort.
         max_drop: Largest share of a cohort that may be missing from a survivor set, 0 to .5.
         least_threshold: t must be more than this share of an owner's holders.
-        range_change: Clip bound and range may differ from the last plan's by at most this factor.
+        range_change: Clip bound and range may change by at most this factor a round.
         simulation: Whether all clients are virtual: then cohorts below 4 are taken.
 
     Raises:
@@ -106,14 +107,17 @@ class ClientPolicy:
             return
         if plan.run_id == last.run_id:
             _require_succession(plan, last)
+        # a client that was not asked for some rounds has missed as many changes
+        rounds = plan.round - (last.round if plan.run_id == last.run_id else 0)
+        most = self.range_change ** min(max(rounds, 1), MOST_MISSED)
         for name, now, before in (
             ("clip", plan.clip, last.clip),
             ("value_range", plan.value_range, last.value_range),
         ):
-            if not before / self.range_change <= now <= before * self.range_change:
+            if not before / most <= now <= before * most:
                 raise RefusedByPolicy(
                     f"the plan's {name} is {now:g}, the last was {before:g}: a plan may change it "
-                    f"by a factor of at most {self.range_change:g}"
+                    f"by a factor of at most {most:g}"
                 )
 
     def check_cohort(self, plan: RoundPlan, size: int) -> None:
