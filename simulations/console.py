@@ -11,6 +11,7 @@ from rich.console import Console as RichConsole
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
+FILE_WIDTH = 100  # of a table that goes to a file or a pipe
 
 
 class Console:
@@ -25,10 +26,12 @@ class Console:
         """Open standard error and output."""
         self._progress = RichConsole(stderr=True, quiet=not progress, highlight=False)
         self.tables = RichConsole(quiet=not table, highlight=False)
+        if not self.tables.is_terminal:
+            self.tables.width = FILE_WIDTH
 
     def say(self, text: str) -> None:
         """Prints a line of progress."""
-        self._progress.print(text, markup=False)
+        self._progress.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Prints a warning, whatever the settings say about progress."""

@@ -26,8 +26,7 @@ from fedoppu.simulations.personal import (
     train_group,
 )
 from fedoppu.simulations.scores import QueryResult, UserScores, average_scores, score_users
-from fedoppu.simulations.users import PreparedUsers
-from fedoppu.simulations.virtual_users import VirtualUsers
+from fedoppu.simulations.users import PreparedUsers, history_lengths
 
 ALL_ARMS = (*SCORED_ARMS, "majority", "prior_shift", "oracle")
 
@@ -121,11 +120,7 @@ def _train(
 
 
 def _pooled(work: Evaluation) -> Mapping[str, tuple[tuple[str, int], ...]]:
-    vaults = VirtualUsers(work.users.folder)
-    sizes = {
-        user: sum(item.kind == work.task.name for item in vaults.vault(user).history())
-        for user in work.users.target
-    }
+    sizes = history_lengths(work.users, work.task.name)
     return pooled_items(sizes, work.users.target, newest=work.newest, randomness=work.randomness)
 
 

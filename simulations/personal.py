@@ -1,8 +1,8 @@
 """The personal phase of a group of virtual users, and their answers under every arm.
 
-Arms: `base`; `shared`; `local`, a personal adapter on the base alone; `population`, an adapter on shared that is trained
-on as many items pooled from other target users; `personal`, ours. The control `wrong_user` is personal under other
-users' adapters, each alone, with the own history, profile and retrieval.
+Arms: `base`; `shared`; `local`, a personal adapter on the base alone; `population`, an adapter on shared that is
+trained on as many items pooled from other target users; `personal`, ours. The control `wrong_user` is personal under
+other users' adapters, each alone, with the own history, profile and retrieval.
 
 Both functions that work on a group are module-level and take plain references, so that any process can run them.
 Nothing of a user is read by another user's job, but for the two controls that are about other users.
@@ -222,9 +222,8 @@ class _Asked:
 def _prepare(worker: Worker, user: str) -> list[_Asked]:
     history, queries = worker_history(worker, user)
     profile = worker.profile(user, history)
-    return [
-        _Asked(user, worker.prompts.query(history, query, profile=profile)) for query in queries
-    ]
+    prepared = worker.prompts.queries(history, queries, profile=profile)
+    return [_Asked(user, query) for query in prepared]
 
 
 def _stack(

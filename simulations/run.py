@@ -3,78 +3,207 @@
     runs/<time>/                       config.yaml, metrics.jsonl, timing.jsonl, table.json, report.html
       seed-0/LaMP_2N/users/            the virtual users
       seed-0/LaMP_2N/k0-none/          one federation: config.yaml, metrics.jsonl, timing.jsonl, table.json
-        rounds/                        a checkpoint for each round; the last holds the shared adapter
+        rounds/                        a checkpoint for each round
         shared/                        the shared adapter, a PEFT folder
         adapters/{arm}/{user}/         personal adapters, PEFT folders
 
-`metrics.jsonl`, `table.json` and the adapters depend on the settings alone: not on the number of workers, the machine's
-load or the time. What does is in `timing.jsonl`.
+`metrics.jsonl`, `table.json` and the adapters depend on the settings alone: not on the number of workers, the load of
+the machine or the time. What does is in `timing.jsonl`.
 """
 
 import json
-import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fedoppu.client.model import resolve_base
 from fedoppu.client.tasks import TASKS
 from fedoppu.common.adapter_files import save_adapter
-from fedoppu.common.adapters import Adapter
 from fedoppu.common.base import BaseFacts
 from fedoppu.common.commit import commit_file
-from fedoppu.common.config import FederationConfig, RunConfig, as_flat, to_yaml
+from fedoppu.common.config import RunConfig, as_flat, to_yaml
 from fedoppu.common.defaults import federation, personal_settings
 from fedoppu.common.errors import UsageError
 from fedoppu.common.randomness import Randomness
 from fedoppu.simulations.console import Console
-from fedoppu.simulations.executors import GroupExecutor, Workforce
-from fedoppu.simulations.users import PreparedUsers, prepare_users
-from fedoppu.simulations.workers import WorkerSpec
+from fedoppu.simulations.evaluation import Evaluation, chosen_arms, evaluate
+from fedoppu.simulations.executors import Workforce
+from fedoppu.simulations.panels import ArmScores
+from fedoppu.simulations.printing import print_table
+from fedoppu.simulations.report import write_report
+from fedoppu.simulations.results import FederationResult, Record, named, report_data
+from fedoppu.simulations.shared import SharedPhase, train_shared
+from fedoppu.simulations.statistics import BootstrapSettings
+from fedoppu.simulations.table import Table, build_table, write_table
+from fedoppu.simulations.users import history_lengths, prepare_users
 
 
-@dataclass(frozen=True)
-class FederationRun:
-    """One federation of a run: one seed, task, k and profile.
+def simulate(run: RunConfig, console: Console) -> dict[str, Any]:
+    """Runs every federation of a run and writes the run folder.
 
-    Attributes:
-        run: The settings.
-        base: Facts of the base.
-        config: What its parties agree on.
-        seed: Root of its random choices.
-        users: Its users.
-        folder: Where its results go.
+    Returns:
+        What machines read: the folder and the rows of the table.
+
+    Raises:
+        FedoppuError: A setting, a record or a client stopped the run; the message says which.
     """
+    base = _checked(run)
+    folder = _open_folder(run)
+    _warn(run, console)
+    with Workforce(run.workers) as workforce:
+        results = [
+            _run_federation(phase, workforce, console)
+            for phase in _phases(run, base, folder, console)
+        ]
+    table = _finish(folder, run, results)
+    print_table(table, console.tables)
+    console.say(f"run folder: {folder}")
+    return {"folder": str(folder), "rows": [asdict(row) for row in table.rows]}
 
-    run: RunConfig
-    base: BaseFacts
-    config: FederationConfig
-    seed: int
-    users: PreparedUsers
-    folder: Path
 
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"{self.config.task} k={self.config.k} profile={self.config.profile} seed={self.seed}"
+def _checked(run: RunConfig) -> BaseFacts:
+    """Everything that can be wrong with the settings is found before anything is written."""
+    chosen_arms(run)
+    if run.data is not None and not Path(run.data).exists():
+        raise UsageError(
+            f"there is no data at {run.data}", hint="data= takes a folder of LaMP records"
+        )
+    base = resolve_base(run.base)
+    for task in run.task:
+        probe = federation(run, base, task=task, k=0, profile="none", base_users=2, seed=run.seed)
+        SharedPhase.check(probe, base, personal_settings(run, base, task))
+    return base
 
-    @property
-    def spec(self) -> WorkerSpec:
-        """What a worker needs to know."""
-        return WorkerSpec(
-            base=self.run.base,
-            users=self.users.folder,
-            federation=self.config.canonical(),
-            personal=personal_settings(self.run, self.base, self.config.task),
-            seed=self.seed,
-            threads=self.run.threads,
-            group_users=self.run.group_users,
+
+def _open_folder(run: RunConfig) -> Path:
+    folder = Path(run.out or f"runs/{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}")
+    if (folder / "config.yaml").exists():
+        raise UsageError(f"{folder} holds a run already", hint="set out=FOLDER to another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be made: {error.strerror}", hint="set out=FOLDER"
+        ) from None
+    commit_file(folder / "config.yaml", to_yaml(as_flat(run)).encode())
+    return folder
+
+
+def _warn(run: RunConfig, console: Console) -> None:
+    if run.research.plain_updates:
+        console.warn(
+            "research.plain_updates: updates travel in clear, and the server sees each of them"
+        )
+    if run.thresholds.floor < 20:
+        console.say(
+            f"floor of {run.thresholds.floor} members: for simulations; a device's own policy asks for 20 by default"
         )
 
-    @property
-    def randomness(self) -> Randomness:
-        """Root of the random choices."""
-        return Randomness.from_seed(self.seed)
+
+def _phases(
+    run: RunConfig, base: BaseFacts, folder: Path, console: Console
+) -> Iterator[SharedPhase]:
+    """Every federation of the run, in order: seed, task, k, profile."""
+    for seed in range(run.seed, run.seed + run.seeds):
+        for task in run.task:
+            home = folder / f"seed-{seed}" / task
+            users = prepare_users(run, task=task, seed=seed, folder=home / "users")
+            console.say(
+                f"{task}, seed {seed}: {len(users.target)} target users, {len(users.base)} base users"
+            )
+            for k in run.k:
+                for profile in run.profile:
+                    config = federation(
+                        run,
+                        base,
+                        task=task,
+                        k=k,
+                        profile=profile,
+                        base_users=len(users.base),
+                        seed=seed,
+                    )
+                    yield SharedPhase(run, base, config, seed, users, home / f"k{k}-{profile}")
+
+
+def _run_federation(phase: SharedPhase, workforce: Workforce, console: Console) -> FederationResult:
+    """Shared phase, personal phase, scores; leaves everything but the table in the federation's folder."""
+    executor = workforce.executor(phase.spec)
+    begun = time.monotonic()
+    console.say(
+        f"{phase.name}: shared phase, {phase.config.rounds} rounds of {phase.config.cohort}"
+    )
+    shared, rounds, timing = train_shared(phase, executor, console)
+    save_adapter(phase.folder / "shared", shared, base_name=phase.base.name)
+    trained = time.monotonic()
+    arms = evaluate(_evaluation(phase), executor, console)
+    spent = {
+        "kind": "phases",
+        "shared_seconds": trained - begun,
+        "personal_seconds": time.monotonic() - trained,
+    }
+    result = FederationResult(
+        phase, rounds, (*timing, spent), arms, history_lengths(phase.users, phase.config.task)
+    )
+    commit_file(phase.folder / "config.yaml", to_yaml(asdict(phase.config)).encode())
+    _write_jsonl(phase.folder / "metrics.jsonl", named(result, result.rounds))
+    _write_jsonl(phase.folder / "timing.jsonl", named(result, result.timing))
+    write_table(phase.folder / "table.json", _table(phase.run, [result]))
+    return result
+
+
+def _evaluation(phase: SharedPhase) -> Evaluation:
+    personal = personal_settings(phase.run, phase.base, phase.config.task)
+    return Evaluation(
+        run=phase.run,
+        task=TASKS[phase.config.task],
+        users=phase.users,
+        newest=personal.training.newest or 0,
+        randomness=phase.randomness,
+        shared=phase.folder / "shared",
+        folder=phase.folder,
+    )
+
+
+def _finish(folder: Path, run: RunConfig, results: Sequence[FederationResult]) -> Table:
+    """Writes the files of the whole run."""
+    table = _table(run, results)
+    rounds = [record for result in results for record in named(result, result.rounds)]
+    _write_jsonl(folder / "metrics.jsonl", rounds)
+    _write_jsonl(
+        folder / "timing.jsonl", [r for result in results for r in named(result, result.timing)]
+    )
+    write_table(folder / "table.json", table)
+    write_report(folder / "report.html", report_data(run, table, results))
+    return table
+
+
+def _table(run: RunConfig, results: Sequence[FederationResult]) -> Table:
+    settings = BootstrapSettings(
+        Randomness.from_seed(run.seed).child("bootstrap"), run.resamples, run.confidence
+    )
+    scores = [one for result in results for one in _scores(result)]
+    return build_table(scores, settings, same_users=run.data is not None)
+
+
+def _scores(result: FederationResult) -> Iterator[ArmScores]:
+    config = result.phase.config
+    for arm in result.arms:
+        yield ArmScores(
+            task=config.task,
+            kind=TASKS[config.task].kind,
+            k=config.k,
+            profile=config.profile,
+            seed=result.phase.seed,
+            arm=arm.arm,
+            users=arm.users,
+            control=arm.control,
+        )
+
+
+def _write_jsonl(path: Path, records: Sequence[Record]) -> None:
+    commit_file(
+        path, "".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode()
+    )

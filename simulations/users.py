@@ -56,6 +56,15 @@ def prepare_users(run: RunConfig, *, task: str, seed: int, folder: Path) -> Prep
     return PreparedUsers(folder, users.target, users.base, oracle, facts["recalled"])
 
 
+def history_lengths(users: PreparedUsers, task: str) -> dict[str, int]:
+    """Number of items in each target user's own history."""
+    vaults = VirtualUsers(users.folder)
+    return {
+        user: sum(item.kind == task for item in vaults.vault(user).history())
+        for user in users.target
+    }
+
+
 def _write_generated(run: RunConfig, task: str, seed: int, folder: Path) -> None:
     population = generate(
         task,

@@ -1,0 +1,149 @@
+"""What the federations of a run left, and what the report shows of it."""
+
+import platform
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from fedoppu.common.config import RunConfig, as_flat, to_yaml
+from fedoppu.simulations.evaluation import Arm
+from fedoppu.simulations.panels import Unit
+from fedoppu.simulations.report_data import Recall, ReportData, RoundPoint
+from fedoppu.simulations.shared import SharedPhase
+from fedoppu.simulations.table import Table
+
+Record = dict[str, Any]
+VERSIONS = ("fedoppu", "torch", "transformers", "flwr", "numpy")
+
+
+@dataclass(frozen=True)
+class FederationResult:
+    """What one federation left.
+
+    Attributes:
+        phase: Its settings, users and folder.
+        rounds: Deterministic metrics of each round.
+        timing: Wall times.
+        arms: Scores of each arm.
+        lengths: User: items in the own history.
+    """
+
+    phase: SharedPhase
+    rounds: tuple[Record, ...]
+    timing: tuple[Record, ...]
+    arms: tuple[Arm, ...] = field(repr=False)
+    lengths: Mapping[str, int] = field(repr=False)
+
+
+def named(result: FederationResult, records: Sequence[Record]) -> list[Record]:
+    """Records with the names of their federation."""
+    config = result.phase.config
+    names = {
+        "task": config.task,
+        "k": config.k,
+        "profile": config.profile,
+        "seed": result.phase.seed,
+    }
+    return [names | record for record in records]
+
+
+def report_data(run: RunConfig, table: Table, results: Sequence[FederationResult]) -> ReportData:
+    """Everything that the report of a run shows."""
+    return ReportData(
+        table=table,
+        config=to_yaml(as_flat(run)),
+        command=command_line(run),
+        rounds=[point for result in results for point in _points(result)],
+        lengths=_lengths(run, results),
+        recalls=_recalls(results),
+        costs=_costs(results),
+        environment=_environment(run),
+        warnings=_warnings(run),
+        confidence=run.confidence,
+        plain_updates=run.research.plain_updates,
+        generated=run.data is None,
+    )
+
+
+def command_line(run: RunConfig) -> str:
+    """The command that gives the same numbers: every setting that is not a default."""
+    changed = sorted(_changed(as_flat(run), as_flat(RunConfig())))
+    words = [f"{key}={value}" for key, value in changed if key != "out"]
+    return shlex.join(["fedoppu", "simulate", *words])
+
+
+def _changed(
+    own: Mapping[str, Any], default: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, str]]:
+    for key, value in own.items():
+        if isinstance(value, dict):
+            yield from _changed(value, default[key], f"{prefix}{key}.")
+        elif value != default[key]:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield prefix + key, text
+
+
+def _points(result: FederationResult) -> Iterator[RoundPoint]:
+    for record in result.rounds:
+        yield RoundPoint(
+            federation=result.phase.name,
+            round=record["round"],
+            held_out_loss=record["held_out_loss"],
+            bytes_up=record["bytes_up"],
+            bytes_down=record["bytes_down"],
+            asked=len(record["cohort"]),
+            dropped=record["dropped"],
+        )
+
+
+def _lengths(run: RunConfig, results: Sequence[FederationResult]) -> dict[Unit, int]:
+    """On data, the seeds are the same people: they are counted under the first."""
+    first = min(result.phase.seed for result in results)
+    return {
+        Unit(result.phase.config.task, first if run.data else result.phase.seed, user): length
+        for result in results
+        for user, length in result.lengths.items()
+    }
+
+
+def _recalls(results: Sequence[FederationResult]) -> list[Recall]:
+    found = {}
+    for result in results:
+        users = result.phase.users
+        if users.recalled is not None:
+            asked = next(
+                (sum(user.queries for user in arm.users) for arm in result.arms if arm.users), 0
+            )
+            found[result.phase.config.task] = Recall(
+                result.phase.config.task, asked, users.recalled
+            )
+    return list(found.values())
+
+
+def _costs(results: Sequence[FederationResult]) -> list[tuple[str, str]]:
+    costs = [("parameters of the base", f"{results[0].phase.base.num_parameters:,}")]
+    for result in results:
+        spent = result.timing[-1]
+        users = len(result.phase.users.target)
+        costs.append((f"{result.phase.name}: shared phase", f"{spent['shared_seconds']:.0f} s"))
+        per_user = spent["personal_seconds"] / users
+        costs.append((f"{result.phase.name}: a target user, all arms", f"{per_user:.1f} s"))
+    return costs
+
+
+def _environment(run: RunConfig) -> list[tuple[str, str]]:
+    return [
+        ("python", platform.python_version()),
+        *((name, version(name)) for name in VERSIONS),
+        ("processor", platform.machine()),
+        ("workers", str(run.workers)),
+        ("seeds", ", ".join(str(seed) for seed in range(run.seed, run.seed + run.seeds))),
+    ]
+
+
+def _warnings(run: RunConfig) -> list[str]:
+    if not run.research.plain_updates:
+        return []
+    return ["research.plain_updates was on: the server saw each update in clear."]

@@ -1,0 +1,155 @@
+"""The shared phase of one federation of a run: ServerApp and ClientApps over our own Grid, or Flower's engine."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedoppu.client.app import build_client_app
+from fedoppu.common.adapters import Adapter, AdapterSpec
+from fedoppu.common.base import BaseFacts
+from fedoppu.common.config import FederationConfig, PersonalSettings, RunConfig
+from fedoppu.common.defaults import personal_settings
+from fedoppu.common.errors import ClientFailed
+from fedoppu.common.randomness import Randomness
+from fedoppu.server.app import run_rounds
+from fedoppu.server.directory import HelloDirectory
+from fedoppu.server.metrics import RoundRecord, RoundTiming
+from fedoppu.server.runtime import Progress, ServerRuntime
+from fedoppu.simulations.console import Console
+from fedoppu.simulations.executors import GroupExecutor
+from fedoppu.simulations.grid import LocalGrid
+from fedoppu.simulations.key_source import GridMarker, simulation_grid
+from fedoppu.simulations.runtime import SimulatedFederation, SimulatedUsers, simulate_members
+from fedoppu.simulations.users import PreparedUsers
+from fedoppu.simulations.workers import WorkerSpec
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SharedPhase:
+    """One federation of a run: one seed, task, k and profile.
+
+    Attributes:
+        run: The settings.
+        base: Facts of the base.
+        config: What its parties agree on.
+        seed: Root of its random choices.
+        users: Its users.
+        folder: Where its results go.
+    """
+
+    run: RunConfig
+    base: BaseFacts
+    config: FederationConfig
+    seed: int
+    users: PreparedUsers
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return (
+            f"{self.config.task} k={self.config.k} profile={self.config.profile} seed={self.seed}"
+        )
+
+    @property
+    def spec(self) -> WorkerSpec:
+        """What a worker needs to know."""
+        return WorkerSpec(
+            base=self.run.base,
+            users=self.users.folder,
+            federation=self.config.canonical(),
+            personal=personal_settings(self.run, self.base, self.config.task),
+            seed=self.seed,
+            threads=self.run.threads,
+            group_users=self.run.group_users,
+        )
+
+    @property
+    def randomness(self) -> Randomness:
+        """Root of the run."""
+        return Randomness.from_seed(self.seed)
+
+    @staticmethod
+    def check(config: FederationConfig, base: BaseFacts, personal: PersonalSettings) -> None:
+        """Checks that the base has the modules that both adapters name.
+
+        Raises:
+            BaseModelError: It has not; the message lists those that it has.
+        """
+        for settings in (config.shared.adapter, personal.adapter):
+            targets = settings.targets or ()
+            AdapterSpec.from_base(base, targets, rank=settings.rank, alpha=settings.alpha)
+
+
+def train_shared(
+    phase: SharedPhase, executor: GroupExecutor, console: Console
+) -> tuple[Adapter, tuple[Record, ...], tuple[Record, ...]]:
+    """Runs the rounds of a federation.
+
+    Returns:
+        The shared adapter, the deterministic record of each round, and its wall times.
+
+    Raises:
+        RoundAborted: A round failed too often.
+        ClientFailed: An exception in a client; the message names the member.
+    """
+    records: list[Record] = []
+    timings: list[Record] = []
+
+    def progress(record: RoundRecord, timing: RoundTiming) -> None:
+        records.append(record.as_data())
+        timings.append(timing.as_data())
+        console.round_done(records[-1], phase.config.rounds)
+
+    with simulation_grid() as marker:
+        federation = _members(phase, marker)
+        runtime = _server(phase, federation, progress, console)
+        _run(runtime, SimulatedUsers(federation, executor))
+    latest = runtime.checkpoints.latest()
+    return latest.adapter if latest else runtime.initial, tuple(records), tuple(timings)
+
+
+def _members(phase: SharedPhase, marker: GridMarker) -> SimulatedFederation:
+    settings = phase.config.shared.adapter
+    spec = AdapterSpec.from_base(
+        phase.base, settings.targets or (), rank=settings.rank, alpha=settings.alpha
+    )
+    members = simulate_members(
+        phase.config,
+        spec,
+        phase.randomness,
+        members=len(phase.users.base),
+        marker=marker,
+        group_users=phase.run.group_users,
+    )
+    return replace(members, dropout=phase.run.research.dropout)
+
+
+def _server(
+    phase: SharedPhase, federation: SimulatedFederation, progress: Progress, console: Console
+) -> ServerRuntime:
+    """The run id comes from the seed, as all else in a simulation."""
+    return ServerRuntime(
+        config=phase.config,
+        initial=federation.initial,
+        roster=federation.roster,
+        randomness=phase.randomness.child("server"),
+        directory=HelloDirectory(range(len(phase.users.base))),
+        folder=phase.folder / "rounds",
+        run_id=phase.randomness.secret("run", length=16).hex(),
+        progress=progress,
+        warn=console.warn,
+        replays=True,
+    )
+
+
+def _run(runtime: ServerRuntime, users: SimulatedUsers) -> None:
+    """Runs all rounds over our own Grid; a client's error is reported in full."""
+    grid = LocalGrid(build_client_app(users), len(users.federation.identities), users)
+    try:
+        run_rounds(runtime, grid)
+    except ClientFailed as error:
+        told = users.failures[0] if users.failures else str(error)
+        raise ClientFailed(told, hint=error.hint) from None
