@@ -131,11 +131,10 @@ def adapted(model: PreTrainedModel, levels: Sequence[Level]) -> Iterator[None]:
     Raises:
         BaseModelError: An adapted module is missing, or is no `nn.Linear` over rows of tokens.
     """
-    starts = _block_starts(levels)
     handles: list[RemovableHandle] = []
     try:
         for name in sorted({name for level in levels for name in level.factors}):
-            delta = _Delta.of(name, levels, starts)
+            delta = _Delta.of(name, [level for level in levels if name in level.factors])
             handles.append(_linear(model, name).register_forward_hook(_delta_hook(delta)))
         yield
     finally:
@@ -201,8 +200,6 @@ def _block_starts(levels: Sequence[Level]) -> Slots:
 
     Rows of one user that follow each other are one block, so that their products are one.
     """
-    if not levels:
-        return np.zeros(0, np.int64)
     slots = np.stack([level.slots for level in levels], axis=1)
     changes = np.flatnonzero((slots[1:] != slots[:-1]).any(axis=1)) + 1
     starts = np.concatenate([[0], changes])
@@ -238,27 +235,26 @@ class _Delta:
     scales: Tensor | None
 
     @classmethod
-    def of(cls, name: str, levels: Sequence[Level], starts: Slots) -> "_Delta":
-        plain = [level for level in levels if name in level.factors and not level.dropout]
-        dropped = [level for level in levels if name in level.factors and level.dropout]
-        order = [*plain, *dropped]
-        factors = [
-            (_pick(level.factors[name].a, at), _pick(level.factors[name].b, at))
-            for level in order
-            for at in [level.slots[starts]]
+    def of(cls, name: str, levels: Sequence[Level]) -> "_Delta":
+        """Puts the levels that adapt a module side by side; those with dropout come last."""
+        starts = _block_starts(levels)
+        plain = [level for level in levels if level.dropout is None]
+        dropped = [level for level in levels if level.dropout is not None]
+        a = [_pick(level.factors[name].a, level.slots[starts]) for level in (*plain, *dropped)]
+        b = [_pick(level.factors[name].b, level.slots[starts]) for level in (*plain, *dropped)]
+        inputs = [
+            (level.dropout, part) for level, part in zip(dropped, a[len(plain) :], strict=True)
         ]
-        first = [_cat([a for a, _ in factors[: len(plain)]], 1)] if plain else []
-        inputs = [(None, a) for a in first] + [
-            (level.dropout, a) for level, (a, _) in zip(dropped, factors[len(plain) :], strict=True)
-        ]
-        scales = [level.scale for level, (a, _) in zip(order, factors, strict=True) for _ in a[0]]
-        scaled = any(scale != 1.0 for scale in scales)
+        if plain:
+            inputs.insert(0, (None, _cat(a[: len(plain)], 1)))
+        ranks = [part.shape[1] for part in a]
+        scales = np.repeat([level.scale for level in (*plain, *dropped)], ranks)
         return cls(
             name=name,
-            rows=len(order[0].slots),
+            rows=len(levels[0].slots),
             inputs=tuple(inputs),
-            b=_cat([b for _, b in factors], 2),
-            scales=torch.tensor(scales, dtype=torch.float32) if scaled else None,
+            b=_cat(b, 2),
+            scales=None if (scales == 1.0).all() else torch.from_numpy(scales).float(),
         )
 
     def added_to(self, output: Tensor, x: Tensor) -> Tensor:
