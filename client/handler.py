@@ -13,7 +13,7 @@ from flwr.app import RecordDict
 from numpy.typing import NDArray
 
 from fedoppu.client.jobs import LocalUpdate
-from fedoppu.client.policy import ClientPolicy
+from fedoppu.client.policy import ClientPolicy, LastRound
 from fedoppu.client.release import clip, release
 from fedoppu.client.seat import Seat
 from fedoppu.client.secagg import KeySource, Phase, Pins, SecAggClient
@@ -157,7 +157,7 @@ class Handler:
         self._drop("query.keys", plan)
         machine = SecAggClient(
             self.runtime.identity,
-            Pins(self.runtime.roster, plan.config_hash, self.seat.last),
+            Pins(self.runtime.roster, plan.config_hash, self.seat.last or _before_first(config)),
             policy=self.runtime.policy,
             keys=self.runtime.keys,
         )
@@ -275,6 +275,12 @@ class Handler:
             held_out=loss is not None,
             held_out_loss=0.0 if loss is None else float(loss),
         )
+
+
+def _before_first(config: FederationConfig) -> LastRound:
+    """A newcomer holds a plan's clip bound and range against those that the federation began with."""
+    encoding = config.encoding
+    return LastRound("", 0, -1, False, clip=encoding.clip, value_range=encoding.value_range)
 
 
 def _only(events: list[ClientEvent]) -> ClientEvent:

@@ -12,6 +12,7 @@ of two.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from flwr.app import ConfigRecord, Context, RecordDict
@@ -31,6 +32,8 @@ from fedoppu.common.roster import Roster
 from fedoppu.common.rounds import RoundPlan
 from fedoppu.common.shared_adapter import initial_shared, rebuild_shared, sent_down, travelling
 from fedoppu.common.signing import Identity
+from fedoppu.server.directory import HelloDirectory
+from fedoppu.server.runtime import Progress, ServerRuntime
 from fedoppu.simulations.executors import GroupExecutor
 from fedoppu.simulations.key_source import GridMarker, SeededKeySource
 from fedoppu.simulations.virtual_users import MemoryOutbox, MemoryState
@@ -193,6 +196,35 @@ def simulate_members(
         randomness=randomness,
         keys=lambda member: SeededKeySource(randomness, member, marker),
         group_users=group_users,
+    )
+
+
+def simulated_server(
+    federation: SimulatedFederation,
+    folder: Path,
+    *,
+    progress: Progress,
+    warn: Callable[[str], None],
+) -> ServerRuntime:
+    """The server of a simulation; even the run id comes from the root.
+
+    Args:
+        federation: Its members.
+        folder: Gets a folder for each committed round.
+        progress: Is told of each committed round.
+        warn: Is told what weakens a promise.
+    """
+    return ServerRuntime(
+        config=federation.config,
+        initial=federation.initial,
+        roster=federation.roster,
+        randomness=federation.randomness.child("server"),
+        directory=HelloDirectory(range(len(federation.identities))),
+        folder=folder,
+        run_id=federation.randomness.secret("run", length=16).hex(),
+        progress=progress,
+        warn=warn,
+        replays=True,
     )
 
 
