@@ -18,9 +18,10 @@ PRIME = 2**256 + 297  # the least prime above 2^256
 SECRET_BYTES = 32
 SHARE_BYTES = 33
 _COEFFICIENT_BYTES = 48  # 128 bits more than the prime: the bias of the remainder is below 2^-127
-_MOST_SUBSETS = 2000
+_MOST_SUBSETS = 500
 
 Entropy = Callable[[int], bytes]
+Point = tuple[int, int]
 Polynomial = list[int]  # coefficients, constant first
 
 
@@ -110,14 +111,20 @@ def restore_checked(
     """
     points = _points(shares, threshold)
     for chosen in _candidates(points, threshold):
-        secret = _secret(chosen[0])
+        secret = _secret(_interpolate_at_zero(chosen))
         if secret is not None and check(secret):
-            wrong = tuple(x - 1 for x, y in points if _evaluate(chosen, x) != y)
+            polynomial = _interpolate(chosen)
+            wrong = tuple(x - 1 for x, y in points if _evaluate(polynomial, x) != y)
             return Restored(secret, wrong)
     return None
 
 
-def _points(shares: Iterable[Share], threshold: int) -> list[tuple[int, int]]:
+def is_share(value: bytes) -> bool:
+    """Whether bytes can be a share."""
+    return len(value) == SHARE_BYTES and int.from_bytes(value, "big") < PRIME
+
+
+def _points(shares: Iterable[Share], threshold: int) -> list[Point]:
     ordered = sorted(shares, key=lambda share: share.holder)
     if len({share.holder for share in ordered}) != len(ordered):
         raise ProtocolError("a secret cannot be restored from two shares of one holder")
@@ -132,23 +139,22 @@ def _points(shares: Iterable[Share], threshold: int) -> list[tuple[int, int]]:
     return points
 
 
-def is_share(value: bytes) -> bool:
-    """Whether bytes can be a share."""
-    return len(value) == SHARE_BYTES and int.from_bytes(value, "big") < PRIME
-
-
 def _secret(value: int) -> bytes | None:
     return value.to_bytes(SECRET_BYTES, "big") if value < 1 << 256 else None
 
 
-def _candidates(points: list[tuple[int, int]], threshold: int) -> Iterator[Polynomial]:
-    """Polynomials of degree below `threshold` through many of the points, the likeliest first."""
-    yield _interpolate(points[:threshold])
+def _candidates(points: list[Point], threshold: int) -> Iterator[list[Point]]:
+    """Sets of `threshold` points that may all be right, the likeliest first.
+
+    Their number is bounded, so that a lying dealer cannot keep a server busy.
+    """
+    yield points[:threshold]
     decoded = _decode(points, threshold)
     if decoded is not None:
-        yield decoded
+        fitting = [(x, y) for x, y in points if _evaluate(decoded, x) == y]
+        yield fitting[:threshold]
     for subset in islice(combinations(points, threshold), 1, _MOST_SUBSETS):
-        yield _interpolate(list(subset))
+        yield list(subset)
 
 
 # --- polynomials over the field ------------------------------------------------------------------
@@ -161,7 +167,7 @@ def _evaluate(polynomial: Polynomial, x: int) -> int:
     return result
 
 
-def _interpolate_at_zero(points: list[tuple[int, int]]) -> int:
+def _interpolate_at_zero(points: list[Point]) -> int:
     """Value at 0 of the least polynomial through the points (Lagrange)."""
     total = 0
     for x, y in points:
@@ -174,7 +180,7 @@ def _interpolate_at_zero(points: list[tuple[int, int]]) -> int:
     return total
 
 
-def _interpolate(points: list[tuple[int, int]]) -> Polynomial:
+def _interpolate(points: list[Point]) -> Polynomial:
     """The least polynomial through the points (Newton's divided differences)."""
     divided = [y for _, y in points]
     for order in range(1, len(points)):
@@ -224,7 +230,7 @@ def _trim(polynomial: Polynomial) -> Polynomial:
     return polynomial
 
 
-def _decode(points: list[tuple[int, int]], threshold: int) -> Polynomial | None:
+def _decode(points: list[Point], threshold: int) -> Polynomial | None:
     """Gao's decoder of Reed-Solomon codes: right if at most half the surplus points are wrong.
 
     Gao 2003, "A new algorithm for decoding Reed-Solomon codes", algorithm 1.

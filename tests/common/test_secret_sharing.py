@@ -137,6 +137,21 @@ def test_few_shares_are_tried_in_all_subsets(wrong: list[int]) -> None:
     assert restored.wrong == tuple(wrong)
 
 
+@given(
+    values=st.lists(st.just(0) | st.integers(0, PRIME - 1), min_size=1, max_size=9),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_the_shares_are_the_answer_is_a_polynomial_or_none(
+    values: list[int], data: st.DataObject
+) -> None:
+    threshold = data.draw(st.integers(1, len(values)))
+    shares = [Share(i, value.to_bytes(SHARE_BYTES, "big")) for i, value in enumerate(values)]
+    assert restore_checked(shares, threshold, check=lambda found: False) is None
+    restored = restore_checked(shares, threshold, check=lambda found: True)
+    assert restored is None or len(values) - len(restored.wrong) >= threshold
+
+
 def test_too_many_wrong_shares_restore_nothing() -> None:
     shares = split(SECRET, range(5), threshold=4, entropy=entropy)
     for holder in (0, 1):

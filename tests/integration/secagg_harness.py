@@ -176,10 +176,14 @@ class Federation:
 
     def run(self) -> SumReady:
         """The whole attempt."""
-        outgoing: list[Outgoing | SumReady] = list(self.server.pending())
+        return self.finish(self.server.pending())
+
+    def finish(self, outgoing: Sequence[Outgoing]) -> SumReady:
+        """From the events of any stage to the end."""
+        follows: list[Outgoing | SumReady] = list(outgoing)
         while isinstance(self.server.stage, Exchange):
-            outgoing = self.step([item for item in outgoing if isinstance(item, Outgoing)])
-        (ready,) = outgoing
+            follows = self.step([item for item in follows if isinstance(item, Outgoing)])
+        (ready,) = follows
         assert isinstance(ready, SumReady)
         return ready
 

@@ -1,0 +1,147 @@
+from dataclasses import replace
+
+import pytest
+
+from fedoppu.client.policy import ClientPolicy, LastRound
+from fedoppu.common.config import ThresholdSettings
+from fedoppu.common.errors import RefusedByPolicy, UsageError
+from fedoppu.common.graph import Graph
+from tests.integration.secagg_harness import identities, make_plan, roster_of
+
+SIMULATION = ClientPolicy.for_simulation()
+PLAN = make_plan(10, roster_of(identities(10)))
+
+
+def test_default_on_a_device_assumes_a_tenth_of_the_roster_corrupt() -> None:
+    assert ClientPolicy.for_roster(200) == ClientPolicy(floor=20, corrupt=20)
+    assert ClientPolicy.for_roster(5).corrupt == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"floor": 1}, "policy.floor must be at least 2, got 1"),
+        ({"corrupt": -1}, "policy.corrupt must be at least 0"),
+        ({"max_drop": 0.6}, "policy.max_drop must be between 0 and 0.5"),
+        ({"least_threshold": 0.4}, "policy.least_threshold must be between 0.5 and 1"),
+        ({"range_change": 0.5}, "policy.range_change must be at least 1"),
+        ({"floor": 2, "corrupt": 1}, "must be at least 4 outside a simulation, got 3"),
+    ],
+)
+def test_policy_out_of_range_is_refused(values: dict[str, float], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        ClientPolicy(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["round", "num_params", "max_weight", "threshold", "min_cohort"])
+def test_plan_with_a_zero_is_refused(name: str) -> None:
+    with pytest.raises(RefusedByPolicy, match=f"the plan's {name} must be at least 1"):
+        SIMULATION.check_plan(replace(PLAN, **{name: 0}), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"word_bits": 24}, "words must have 16 or 32 bits"),
+        ({"word_bits": 16, "level_bits": 15}, "levels 2 to two fewer"),
+        ({"clip": float("inf")}, "clip and value_range must be positive and finite"),
+        ({"value_range": 0.0}, "clip and value_range must be positive and finite"),
+    ],
+)
+def test_plan_with_nonsense_numbers_is_refused(changes: dict[str, float], match: str) -> None:
+    with pytest.raises(RefusedByPolicy, match=match):
+        SIMULATION.check_plan(replace(PLAN, **changes), None)  # type: ignore[arg-type]
+
+
+LAST = LastRound.of(replace(PLAN, round=3, attempt=1), answered=False)
+
+
+@pytest.mark.parametrize("where", [(3, 1), (3, 0), (2, 9), (1, 0)])
+def test_attempt_that_is_not_above_the_last_is_refused(where: tuple[int, int]) -> None:
+    with pytest.raises(RefusedByPolicy, match="is not after round 3 attempt 1"):
+        SIMULATION.check_plan(replace(PLAN, round=where[0], attempt=where[1]), LAST)
+
+
+def test_next_attempts_and_other_runs_are_taken() -> None:
+    for changes in ({"round": 3, "attempt": 2}, {"round": 4}, {"run_id": "bb" * 16}):
+        SIMULATION.check_plan(replace(PLAN, **changes), LAST)  # type: ignore[arg-type]
+
+
+def test_answered_round_is_answered_once() -> None:
+    answered = replace(LAST, answered=True)
+    with pytest.raises(RefusedByPolicy, match="round 3 was answered at attempt 1"):
+        SIMULATION.check_plan(replace(PLAN, round=3, attempt=2), answered)
+    SIMULATION.check_plan(replace(PLAN, round=4), answered)
+
+
+@pytest.mark.parametrize("name", ["clip", "value_range"])
+@pytest.mark.parametrize("factor", [4.1, 0.24])
+def test_scale_that_jumps_is_refused(name: str, factor: float) -> None:
+    changed = replace(PLAN, round=4, **{name: vars(PLAN)[name] * factor})
+    with pytest.raises(RefusedByPolicy, match=f"{name} is .* by a factor of at most 4"):
+        SIMULATION.check_plan(changed, LAST)
+
+
+def test_three_members_are_a_cohort_in_a_simulation_alone() -> None:
+    plan = make_plan(3, roster_of(identities(3)))
+    SIMULATION.check_cohort(plan, 3)
+    with pytest.raises(RefusedByPolicy, match="a cohort of 3"):
+        ClientPolicy(floor=4, corrupt=0).check_cohort(plan, 3)
+
+
+def test_owner_may_ask_for_more_shares_than_the_rules() -> None:
+    assert PLAN.threshold == 6
+    SIMULATION.check_cohort(PLAN, 10)
+    with pytest.raises(RefusedByPolicy, match="it must be between 8 and 10"):
+        replace(SIMULATION, least_threshold=0.7).check_cohort(PLAN, 10)
+
+
+def test_threshold_that_nobody_could_reach_is_refused() -> None:
+    with pytest.raises(RefusedByPolicy, match="between 6 and 10"):
+        SIMULATION.check_cohort(replace(PLAN, threshold=11), 10)
+
+
+def test_odd_ring_is_refused() -> None:
+    with pytest.raises(RefusedByPolicy, match="neighbours must be even, got 41"):
+        SIMULATION.check_cohort(replace(PLAN, neighbours=41, threshold=30), 100)
+
+
+@pytest.mark.parametrize("drop", [0.1, 0.2, 0.3])
+def test_planned_thresholds_pass_the_check_of_a_client_with_the_same_assumptions(
+    drop: float,
+) -> None:
+    settings_ = ThresholdSettings(floor=20, corrupt=8, max_drop=drop)
+    plan = make_plan(80, roster_of(identities(80)), settings=settings_)
+    policy = ClientPolicy(floor=20, corrupt=8, max_drop=0.3)
+    for size in (80, 80 - plan.max_drops):
+        policy.check_cohort(plan, size)
+
+
+def test_server_that_drops_a_survivors_neighbours_is_refused() -> None:
+    settings_ = ThresholdSettings(floor=2, corrupt=0, max_drop=0.3)
+    plan = make_plan(100, roster_of(identities(100)), settings=settings_)
+    graph = Graph(b"\x01" * 32, range(100), plan.neighbours)
+    isolated = frozenset(range(100)) - set(graph.neighbours(7)[: plan.max_drops])
+    assert plan.neighbours - plan.max_drops < plan.threshold
+    with pytest.raises(RefusedByPolicy, match=r"member 7 keeps 30 live holders .* threshold is 31"):
+        SIMULATION.check_live(plan, graph, isolated)
+
+
+def test_server_that_cuts_the_ring_is_refused() -> None:
+    # Two gaps of k/2 members would split the sum in two: the members beside them notice.
+    settings_ = ThresholdSettings(floor=2, corrupt=0, max_drop=0.3)
+    plan = make_plan(600, roster_of(identities(600)), settings=settings_)
+    graph, half = Graph(b"\x01" * 32, range(600), plan.neighbours), plan.neighbours // 2
+    assert plan.neighbours <= plan.max_drops
+    ring = graph._ring
+    live = frozenset(range(600)) - set(ring[:half]) - set(ring[300 : 300 + half])
+    with pytest.raises(RefusedByPolicy, match="live holders of its shares"):
+        SIMULATION.check_live(plan, graph, live)
+
+
+def test_own_drop_bound_holds_below_the_plans() -> None:
+    graph = Graph(b"\x01" * 32, range(10), 9)
+    assert PLAN.max_drops == 3
+    SIMULATION.check_live(PLAN, graph, frozenset(range(7)))
+    with pytest.raises(RefusedByPolicy, match="3 of 10 members are missing, at most 1 may be"):
+        replace(SIMULATION, max_drop=0.1).check_live(PLAN, graph, frozenset(range(7)))
