@@ -64,7 +64,7 @@ def test_attempt_that_is_not_above_the_last_is_refused(where: tuple[int, int]) -
 
 def test_next_attempts_and_other_runs_are_taken() -> None:
     for changes in ({"round": 3, "attempt": 2}, {"round": 4}, {"run_id": "bb" * 16}):
-        SIMULATION.check_plan(replace(PLAN, **changes), LAST)  # type: ignore[arg-type]
+        SIMULATION.check_plan(replace(PLAN, **changes), LAST)
 
 
 def test_answered_round_is_answered_once() -> None:

@@ -29,7 +29,7 @@ def update(value: float = 0.01, *, weight: int = 64, loss: float | None = None) 
 @settings(max_examples=80, deadline=None)
 def test_every_word_is_within_the_bound_whatever_the_update(
     vector: np.ndarray,
-    weight: int,  # type: ignore[type-arg]
+    weight: int,
 ) -> None:
     for plan in (PLAN, replace(PLAN, word_bits=16, level_bits=8)):
         local = LocalUpdate(plan.context, vector, weight)
@@ -43,7 +43,7 @@ def test_every_word_is_within_the_bound_whatever_the_update(
 
 @given(vector=VECTORS, bound=st.floats(0.01, 100))
 @settings(max_examples=80, deadline=None)
-def test_clip_bounds_the_norm_and_keeps_the_direction(vector: np.ndarray, bound: float) -> None:  # type: ignore[type-arg]
+def test_clip_bounds_the_norm_and_keeps_the_direction(vector: np.ndarray, bound: float) -> None:
     clipped = clip(vector, bound)
     norm = np.linalg.norm(vector.astype(np.float64))
     assert np.linalg.norm(clipped.astype(np.float64)) <= bound * (1 + 1e-6)

@@ -189,7 +189,7 @@ def dealt_to(client: SecAggClient, adverts: tuple[Advert, ...]) -> set[int]:
 def test_substituted_key_of_a_peer_is_that_peers_drop(name: str) -> None:
     federation = Federation(5)
     adverts = cohort(federation)
-    swapped = replace(adverts[3], **{name: public_key(b"\x01" * 32)})
+    swapped = replace(adverts[3], **{name: public_key(b"\x01" * 32)})  # type: ignore[arg-type]
     client = federation.clients[0]
     with pytest.raises(RefusedByPolicy, match="cohort has 3 members, the plan's min_cohort is 4"):
         client.receive(CohortFixed((*adverts[:3], swapped)))

@@ -85,7 +85,7 @@ def ready() -> tuple[Federation, SecAggClient]:
 
 
 @pytest.mark.parametrize("words", [np.zeros(3, np.uint32), np.zeros(10, np.uint16)])
-def test_vector_of_another_layout_is_refused(words: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_vector_of_another_layout_is_refused(words: np.ndarray) -> None:
     _, client = ready()
     with pytest.raises(ProtocolError, match="the update must have"):
         client.receive(UpdateReady(words))

@@ -59,8 +59,12 @@ def test_every_field_of_every_message_is_signed() -> None:
         advert_bytes(context, ADVERT),
         advert_bytes(other.context, ADVERT),
         *(
-            advert_bytes(context, replace(ADVERT, **{name: b"\x08" * 32}))
-            for name in ("channel_key", "mask_key", "seed_commitment")
+            advert_bytes(context, changed)
+            for changed in (
+                replace(ADVERT, channel_key=b"\x08" * 32),
+                replace(ADVERT, mask_key=b"\x08" * 32),
+                replace(ADVERT, seed_commitment=b"\x08" * 32),
+            )
         ),
         advert_bytes(context, replace(ADVERT, member=2)),
         *(bundle_bytes(scope, BUNDLE) for scope in (SCOPE, other, elsewhere)),

@@ -1,6 +1,7 @@
 """n clients and a server in memory, with chosen drops: what every test of the protocol drives."""
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -158,7 +159,7 @@ class Federation:
             if message.member in self.gone:
                 continue
             for event in self.answer(message):
-                changed = self.tamper.get(message.member, lambda same: same)(event)
+                changed = self.tamper.get(message.member, _same)(event)
                 self.sent.append(changed)
                 self.server.receive(changed)
         if self.reload:
@@ -186,6 +187,18 @@ class Federation:
         (ready,) = follows
         assert isinstance(ready, SumReady)
         return ready
+
+
+def _same(event: ClientEvent) -> ClientEvent:
+    return event
+
+
+def unevenness(words: Words) -> float:
+    """How far the bytes are from uniform: chi-square of 256 bins, in standard deviations."""
+    seen = np.bincount(words.view(np.uint8), minlength=256)
+    expected = seen.sum() / 256
+    statistic = float(np.sum((seen - expected) ** 2) / expected)
+    return (statistic - 255) / math.sqrt(2 * 255)
 
 
 def event_for(outgoing: Sequence[Outgoing], member: int) -> ServerEvent:

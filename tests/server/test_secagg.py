@@ -196,9 +196,10 @@ def test_low_order_key_is_a_drop(key: bytes) -> None:
 def test_copied_key_is_the_copiers_drop() -> None:
     federation = Federation(7)
     adverts = {m.member: federation.answer(m)[0] for m in federation.server.pending()}
-    first = adverts[1]
+    first, last = adverts[1], adverts[0]
     assert isinstance(first, Advert)
-    copied = replace(adverts[0], mask_key=first.mask_key)
+    assert isinstance(last, Advert)
+    copied = replace(last, mask_key=first.mask_key)
     message = advert_bytes(federation.plan.context, copied)
     copied = replace(copied, signature=federation.people[0].sign(message))
     for event in (*(adverts[m] for m in range(1, 7)), copied):
