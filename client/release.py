@@ -7,8 +7,9 @@ clamp to the range, round at random, wrap. A rotation belongs between clip and s
 between round and wrap.
 
 Guarantees: a client's update has L2 norm at most plan.clip (to float32 precision) before it is
-scaled down, whatever its data; every word is within what the plan's overflow bound assumes; the weight, the loss and the
-counts travel nowhere else. The unit of privacy is the user: one vector a round.
+scaled down, whatever its data; every word is within what the plan's overflow bound assumes; the
+weight, the loss and the counts travel nowhere else. The unit of privacy is the user: one vector a
+round.
 Not guaranteed: anything about the sum. It is exact, and without noise a sum of few leaks.
 """
 
@@ -41,7 +42,7 @@ def release(update: LocalUpdate, plan: RoundPlan, dither: Randomness) -> Words:
         update: Of this plan's attempt.
         plan: The attempt's plan.
         dither: Root of the rounding: the run's in a simulation, the vault's on a device. The stream
-            is AES-CTR under a key for this context, so it is never used for two vectors that differ.
+            is AES-CTR under a key for this context, so that no two attempts share one.
 
     Raises:
         ProtocolError: The update was made for another context or has another length.

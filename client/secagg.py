@@ -1,7 +1,8 @@
 """A client's half of a round of secure aggregation, as a state machine without any input or output.
 
-SecAgg+ (Bell et al. 2020, https://eprint.iacr.org/2020/704) with the consistency round of Bonawitz et
-al. 2017 (https://eprint.iacr.org/2017/281, section 6), hardened by the rules of the specification.
+SecAgg+ (Bell et al. 2020, https://eprint.iacr.org/2020/704) with the consistency round of Bonawitz
+et al. 2017 (https://eprint.iacr.org/2017/281, section 6), hardened by the rules of the
+specification.
 
 Guaranteed, to an owner whose policy's assumptions hold, against a server that does anything and the
 members that work with it: nobody learns more of the owner's vector than the sum over the agreed
@@ -9,8 +10,8 @@ survivor set, which has at least the policy's floor of honest members. A client
 
 - takes no plan, cohort or survivor set below its own floors;
 - follows the signed share set with its masks, whatever a peer sent;
-- signs one (cohort, share set, survivor set) and reveals nothing before more than (n + c) / 2 of the
-  whole cohort signed the same;
+- signs one (cohort, share set, survivor set) and reveals nothing before more than (n + c) / 2 of
+  the whole cohort signed the same;
 - reveals at most one secret's share of each owner, once, and nothing outside the survivor set;
 - treats a peer's bad input as that peer's drop.
 
@@ -19,8 +20,8 @@ What Python cannot promise: own key buffers are overwritten as soon as they are 
 `cryptography`, OpenSSL and the interpreter keep copies of what passed through them (hex in a dump,
 integers in secret sharing, immutable bytes), and the system may have swapped them out.
 
-The caller's part: the model that was trained on must have the plan's model_hash; `last_round` must be
-stored before a message goes out; a message is sent once, or repeated byte for byte.
+The caller's part: the model that was trained on must have the plan's model_hash; `last_round` must
+be stored before a message goes out; a message is sent once, or repeated byte for byte.
 """
 
 import secrets
@@ -72,7 +73,7 @@ SECRET_BYTES = 32
 
 
 class KeySource(Protocol):
-    """Where a client's keys come from; a required argument, so that no message or setting picks it."""
+    """Where a client's keys come from; a required argument: no message or setting picks it."""
 
     def secret(self, purpose: str, length: int) -> bytes:
         """`length` uniform bytes; `purpose` names the round and the use, and is used once."""
@@ -115,8 +116,8 @@ class Phase(Enum):
 
 
 InputEvent = ServerEvent | UpdateReady
-# Every transition there is. SurvivorsProposed has two outcomes: a client that is not in the survivor
-# set is out, for good, with its secrets erased.
+# Every transition there is. SurvivorsProposed has two outcomes: a client that is not in the
+# survivor set is out, for good, with its secrets erased.
 TRANSITIONS: Mapping[Phase, Mapping[type[InputEvent], tuple[Phase, ...]]] = {
     Phase.NEW: {RoundOpened: (Phase.ADVERTISED,)},
     Phase.ADVERTISED: {CohortFixed: (Phase.SHARED,)},
@@ -237,13 +238,13 @@ class SecAggClient:
         return answer
 
     def erase(self) -> None:
-        """Overwrites all secrets, for a round that is given up; nothing can be received after it."""
+        """Overwrites all secrets, for a round that is given up; nothing is received after it."""
         after = replace(_without_secrets(self._state), phase=Phase.EXCLUDED.value)
         _wipe_dropped(self._state, after)
         self._state = after
 
     def dump(self) -> bytes:
-        """Everything but identity, pins and policy, as JSON. It holds secrets: store it encrypted."""
+        """Everything but identity, pins and policy, as JSON, secrets too: store it encrypted."""
         return dump_plain(self._state)
 
     @classmethod
@@ -277,7 +278,7 @@ class SecAggClient:
     # --- query.keys ------------------------------------------------------------------------------
 
     def _advertise(self, plan: RoundPlan) -> tuple[_State, list[ClientEvent]]:
-        """Makes this attempt's keys, if the plan is for this federation and allowed by the policy."""
+        """Makes this attempt's keys, if the plan is for this federation and the policy allows it."""
         if plan.config_hash != self._pins.config_hash:
             raise ProtocolError(
                 f"the plan is for federation config {plan.config_hash[:12]}, this client "
@@ -328,7 +329,7 @@ class SecAggClient:
     # --- train.masked ----------------------------------------------------------------------------
 
     def _take_shares(self, event: SharesDelivered) -> _State:
-        """Opens the packages. One that does not open is not held; the masks follow the share set."""
+        """Opens the packages; one that does not open is not held, and the masks are as signed."""
         cohort = self._formed()
         dealers = frozenset(event.dealers)
         _require_sorted("share set", event.dealers)

@@ -1,4 +1,4 @@
-"""Updates as integers: which word means what, rounding to levels, and the mean that a sum decodes to.
+"""Updates as integers: which word means what, rounding to levels, and the mean of a sum.
 
 A coordinate x in [-value_range, value_range] becomes the level x M / value_range + M with
 M = 2^(level_bits - 1) - 1, rounded up or down at random so that its expectation is exact; zero is a
@@ -92,7 +92,8 @@ class DecodedSum:
     Attributes:
         mean_update: (num_params,) float32, the weighted mean; zeros if the total weight is zero.
         total_weight: Sum of the weights, each at most max_weight.
-        held_out_loss: Mean over clients of their clipped mean losses, nats; None if too few have one.
+        held_out_loss: Mean over clients of their clipped mean losses, nats; None if too few
+            have one.
         held_out_clients: Clients that added a loss; 0 where the loss is None.
         clipped: Coordinates beyond the range, over all clients.
     """

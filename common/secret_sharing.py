@@ -40,7 +40,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Restored:
-    """A secret that fits its commitment, and the holders whose shares do not lie on its polynomial."""
+    """A secret that fits its commitment, and the holders whose shares are off its polynomial."""
 
     secret: bytes = field(repr=False)
     wrong: tuple[int, ...]

@@ -3,8 +3,8 @@
 What must hold, for a cohort of n with c corrupt members that an active server plays with:
 
 - Complete graph (up to 64 members): an owner's secrets have n holders, itself among them. A server
-  that tells some holders "it survived" and others "it dropped" gets t shares of both secrets only if
-  2t <= (n - c) + 2c, so t > (n + c) / 2. As many signatures make a survivor set the only one.
+  that tells some holders "it survived" and others "it dropped" gets t shares of both secrets only
+  if 2t <= (n - c) + 2c, so t > (n + c) / 2. As many signatures make a survivor set the only one.
 - k-regular ring: c_q of the k neighbours are corrupt, save with probability 2^-sigma over all
   members (a hypergeometric quantile), so t > (k + c_q) / 2. And drops are chosen by the server: it
   cuts the ring where it removes k/2 consecutive members twice. The member beside such a gap has at
@@ -13,13 +13,20 @@ What must hold, for a cohort of n with c corrupt members that an active server p
 - Liveness: after the tolerated drops each member keeps t live neighbours, save with probability
   2^-eta over all members.
 
-sigma is 64 because the ring comes from the cohort hash and a server can try many cohorts; eta is 20.
+sigma is 64 because the ring comes from the cohort hash and a server can try many cohorts; eta is
+20.
 Bell et al. 2020 (https://eprint.iacr.org/2020/704, section 3.4) is the analysis without the cuts.
 
-The plan is made before the adverts come, for the n members that are *asked*. Whoever sends no advert
-is a drop like any other: `max_drops` of the n may be missing in all, from the first message to the
-last, so a cohort below n - max_drops is not begun, and corrupt members are counted in the smallest
-cohort that could come of it.
+The plan is made before the adverts come, for the n members that are *asked*. Whoever sends no
+advert is a drop like any other: `max_drops` of the n may be missing in all, from the first message
+to the last, so a cohort below n - max_drops is not begun, and corrupt members are counted in the
+smallest cohort that could come of it.
+
+Without corrupt members, the smallest cohorts have (k is n - 1):
+
+    n                    2   3   4   5   6   7
+    t, and the quorum    2   2   3   3   4   4
+    drops at most        0   1   1   2   2   3
 """
 
 from dataclasses import dataclass

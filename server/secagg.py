@@ -4,15 +4,15 @@ The strategy drives it the same way in every stage: send `pending()`, hand each 
 and when nobody is in `waiting_for` or the time is up, `receive(StageEnded())`.
 
 Guaranteed: the sum is the exact sum over the survivors, or the round is aborted; a client's bad
-input is that client's drop, and is named; it never stops the others. An honest server that runs this
-holds no one's self seed and mask key both, and asks for no secret before it holds the signatures of
-more than (n + c) / 2 of the cohort over one survivor set. A client does not rely on any of this: it
-has floors of its own.
+input is that client's drop, and is named; it never stops the others. An honest server that runs
+this holds no one's self seed and mask key both, and asks for no secret before it holds the
+signatures of more than (n + c) / 2 of the cohort over one survivor set. A client does not rely on
+any of this: it has floors of its own.
 
-Giving up is final: an aborted machine has forgotten the masked sum and the replies, and everyone who
-was asked to unmask must sit out until the model has changed (rule 5; the strategy's part). Before
-that, `sufficient` says whether ending a stage now would abort, and `pending()` asks again those who
-have not answered.
+Giving up is final: an aborted machine has forgotten the masked sum and the replies, and everyone
+who was asked to unmask must sit out until the model has changed (rule 5; the strategy's part).
+Before that, `sufficient` says whether ending a stage now would abort, and `pending()` asks again
+those who have not answered.
 """
 
 from collections.abc import Iterable, Mapping
@@ -67,8 +67,8 @@ class End(StrEnum):
 
 
 Stage = Exchange | End
-# Every transition there is: in a stage the one kind of event, and the stage that follows when it ends
-# well. A stage that ends badly leads to ABORTED.
+# Every transition there is: in a stage the one kind of event, and the stage that follows when it
+# ends well. A stage that ends badly leads to ABORTED.
 TRANSITIONS: Mapping[Exchange, tuple[type[ClientEvent], Stage]] = {
     Exchange.KEYS: (Advert, Exchange.SHARES),
     Exchange.SHARES: (ShareBundle, Exchange.MASKED),
@@ -189,7 +189,8 @@ class SecAggServer:
         Raises:
             ProtocolError: The event does not belong in this stage (a late answer, for example);
                 nothing has changed.
-            RoundAborted: The stage ended below a threshold; the round is over, nothing was revealed.
+            RoundAborted: The stage ended below a threshold; the round is over, nothing was
+                revealed.
         """
         stage = self.stage
         if isinstance(stage, End):
@@ -206,7 +207,7 @@ class SecAggServer:
         return []
 
     def dump(self) -> bytes:
-        """Everything but the roster: JSON, a line feed, and the masked sum as little-endian words."""
+        """Everything but the roster: JSON, a line feed, the masked sum as little-endian words."""
         words = self._sum.astype(self._sum.dtype.newbyteorder("<"))
         return dump_plain(self._state) + b"\n" + words.tobytes()
 

@@ -1,4 +1,4 @@
-"""Keys of virtual clients, drawn from the run's seed: reproducible, and therefore worthless as keys.
+"""Keys of virtual clients, drawn from the run's seed: reproducible, so worthless as keys.
 
 `SeededKeySource` works only while a simulation's Grid is open: it takes the Grid's marker, and
 refuses once that is closed. Nothing in `client/` imports this module, and no message or setting

@@ -170,6 +170,16 @@ def test_replayed_round_is_refused() -> None:
     assert client.last_round == pins.last
 
 
+def test_no_two_attempts_share_a_key_even_from_one_seed() -> None:
+    plan = make_plan(5, roster_of(identities(5)))
+    keys: set[bytes] = set()
+    for attempt in range(3):
+        (advert,) = client_of().receive(RoundOpened(replace(plan, attempt=attempt)))
+        assert isinstance(advert, Advert)
+        keys |= {advert.channel_key, advert.mask_key, advert.seed_commitment}
+    assert len(keys) == 9
+
+
 # --- the cohort ----------------------------------------------------------------------------------
 
 

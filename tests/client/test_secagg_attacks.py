@@ -10,6 +10,7 @@ from fedoppu.client.secagg import Phase, SecAggClient
 from fedoppu.common.config import ThresholdSettings
 from fedoppu.common.errors import ProtocolError, RefusedByPolicy
 from fedoppu.common.rounds import (
+    CohortFixed,
     Exchange,
     MaskedUpdate,
     SharesDelivered,
@@ -145,6 +146,23 @@ def test_late_client_that_was_declared_dropped_stays_hidden() -> None:
     assert client._state.held == {}
     with pytest.raises(ProtocolError, match="does not belong after excluded"):
         client.receive(UnmaskRequested({}))
+
+
+def test_members_that_are_shown_other_cohorts_cannot_agree() -> None:
+    federation = Federation(6)
+    adverts = {m.member: federation.answer(m)[0] for m in federation.server.pending()}
+    views = {0: (0, 1, 2, 3, 4), 1: (0, 1, 2, 3, 4), 2: (0, 1, 2, 3, 5), 3: (0, 1, 2, 3, 5)}
+    signatures = {}
+    for member, view in views.items():
+        client = federation.clients[member]
+        client.receive(CohortFixed(tuple(adverts[m] for m in view)))  # type: ignore[misc]
+        client.receive(SharesDelivered(view, {}))
+        client.receive(UpdateReady(federation.words(member)))
+        (signed,) = client.receive(SurvivorsProposed(view, view))
+        signatures[member] = signed.signature
+    for member in views:
+        with pytest.raises(ProtocolError, match="2 members of 5 signed this survivor set"):
+            federation.clients[member].receive(UnmaskRequested(signatures))
 
 
 def test_second_survivor_set_is_not_signed() -> None:

@@ -24,7 +24,7 @@ from fedoppu.common.signing import Scope
 from tests.integration.secagg_harness import identities, make_plan, roster_of, unevenness
 
 SCOPE = Scope(b"\x01" * 32, b"\x02" * 32)
-# AES-256 of the zero key on the blocks 0 and 1: test case 13 of the GCM specification (H and the tag).
+# AES-256 of the zero key on the blocks 0 and 1: test case 13 of the GCM specification.
 ZERO_STREAM = bytes.fromhex("dc95c078a2408989ad48a21492842087530f8afbc74536b9a963b4f1c4cb738b")
 
 
