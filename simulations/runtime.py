@@ -25,7 +25,7 @@ from fedoppu.client.secagg import KeySource
 from fedoppu.client.vault import StateStore
 from fedoppu.common.adapters import Adapter, AdapterSpec
 from fedoppu.common.config import FederationConfig
-from fedoppu.common.errors import ClientFailed
+from fedoppu.common.errors import ClientFailed, ProtocolError
 from fedoppu.common.messages import PLAIN, Opening, PlainTraining, Stage, Training, read_request
 from fedoppu.common.randomness import Randomness
 from fedoppu.common.roster import Roster
@@ -273,7 +273,11 @@ class SimulatedUsers:
         if stage not in ("query.keys", "train.masked", "train.plain"):
             yield tuple(requests)
             return
-        request = read_request(stage, next(iter(requests.values())))
+        try:
+            request = read_request(stage, next(iter(requests.values())))
+        except ProtocolError:  # each client says so itself
+            yield tuple(requests)
+            return
         if isinstance(request, Opening | PlainTraining):
             self._plan = request.event.plan
         if isinstance(request, Training | PlainTraining) and self._plan is not None:
