@@ -93,7 +93,8 @@ class BaseTokenizer:
         user = {"role": "user", "content": "a"}
         start = len(self._render([user], prompt=True))
         turn = self._render([user, {"role": "assistant", "content": "a"}], prompt=False)[start:]
-        special = set(self._tokenizer.all_special_ids)
+        added = self._tokenizer.added_tokens_decoder
+        special = {token for token, kind in added.items() if kind.special}
         eos: int | None = self._tokenizer.eos_token_id
         return next((token for token in turn if token in special), eos)
 
