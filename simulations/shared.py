@@ -12,14 +12,19 @@ from fedoppu.common.defaults import personal_settings
 from fedoppu.common.errors import ClientFailed
 from fedoppu.common.randomness import Randomness
 from fedoppu.server.app import run_rounds
-from fedoppu.server.directory import HelloDirectory
 from fedoppu.server.metrics import RoundRecord, RoundTiming
-from fedoppu.server.runtime import Progress, ServerRuntime
+from fedoppu.server.runtime import ServerRuntime
+from fedoppu.simulations.app import MemberSpec, run_in_flower
 from fedoppu.simulations.console import Console
 from fedoppu.simulations.executors import GroupExecutor
 from fedoppu.simulations.grid import LocalGrid
 from fedoppu.simulations.key_source import GridMarker, simulation_grid
-from fedoppu.simulations.runtime import SimulatedFederation, SimulatedUsers, simulate_members
+from fedoppu.simulations.runtime import (
+    SimulatedFederation,
+    SimulatedUsers,
+    simulate_members,
+    simulated_server,
+)
 from fedoppu.simulations.users import PreparedUsers
 from fedoppu.simulations.workers import WorkerSpec
 
@@ -105,8 +110,18 @@ def train_shared(
 
     with simulation_grid() as marker:
         federation = _members(phase, marker)
-        runtime = _server(phase, federation, progress, console)
-        _run(runtime, SimulatedUsers(federation, executor))
+        runtime = simulated_server(
+            federation, phase.folder / "rounds", progress=progress, warn=console.warn
+        )
+        if phase.run.engine == "flower":
+            members = MemberSpec(
+                replace(phase.spec, group_users=1),
+                len(phase.users.base),
+                phase.run.research.dropout,
+            )
+            run_in_flower(runtime, members, workers=phase.run.workers)
+        else:
+            _run_locally(runtime, SimulatedUsers(federation, executor))
     latest = runtime.checkpoints.latest()
     return latest.adapter if latest else runtime.initial, tuple(records), tuple(timings)
 
@@ -127,25 +142,7 @@ def _members(phase: SharedPhase, marker: GridMarker) -> SimulatedFederation:
     return replace(members, dropout=phase.run.research.dropout)
 
 
-def _server(
-    phase: SharedPhase, federation: SimulatedFederation, progress: Progress, console: Console
-) -> ServerRuntime:
-    """The run id comes from the seed, as all else in a simulation."""
-    return ServerRuntime(
-        config=phase.config,
-        initial=federation.initial,
-        roster=federation.roster,
-        randomness=phase.randomness.child("server"),
-        directory=HelloDirectory(range(len(phase.users.base))),
-        folder=phase.folder / "rounds",
-        run_id=phase.randomness.secret("run", length=16).hex(),
-        progress=progress,
-        warn=console.warn,
-        replays=True,
-    )
-
-
-def _run(runtime: ServerRuntime, users: SimulatedUsers) -> None:
+def _run_locally(runtime: ServerRuntime, users: SimulatedUsers) -> None:
     """Runs all rounds over our own Grid; a client's error is reported in full."""
     grid = LocalGrid(build_client_app(users), len(users.federation.identities), users)
     try:
