@@ -77,8 +77,8 @@ class Rounds:
             if not state.machine:
                 state = self._next(state)
             tally.begin(state.attempt)
-            attempt = self._attempt(standing, state, tally)
             try:
+                attempt = self._attempt(standing, state, tally)
                 outcome = self._outcome(attempt, state)
             except RoundAborted as error:
                 tally.aborted.append(str(error))
@@ -95,6 +95,12 @@ class Rounds:
 
     # --- attempts --------------------------------------------------------------------------------
 
+    @property
+    def _least(self) -> int:
+        """Fewest members of a cohort."""
+        settings = self.runtime.config.thresholds
+        return settings.floor + settings.corrupt
+
     def _stored(self, standing: Standing) -> AttemptState:
         """The attempt that a crash interrupted, or none yet."""
         stored = self.runtime.attempts.load()
@@ -105,10 +111,9 @@ class Rounds:
 
     def _next(self, state: AttemptState) -> AttemptState:
         """A new attempt with a new cohort, both durable before anybody is asked."""
-        runtime, number = self.runtime, state.attempt + 1
+        runtime, number, least = self.runtime, state.attempt + 1, self._least
         out = tuple(sorted({*state.sitting_out, *state.asked}))
         eligible = sorted(set(self.exchanger.nodes) - set(out))
-        least = runtime.config.thresholds.floor + runtime.config.thresholds.corrupt
         if len(eligible) < least:
             raise RoundAborted(
                 f"round {state.round}: {len(eligible)} members may still be asked, {least} are "
@@ -132,6 +137,12 @@ class Rounds:
 
     def _attempt(self, standing: Standing, state: AttemptState, tally: Tally) -> Attempt:
         config = self.runtime.config
+        if len(state.cohort) < self._least:
+            raise RoundAborted(
+                f"round {state.round} attempt {state.attempt}: a cohort of {len(state.cohort)} was "
+                f"drawn, {self._least} members are needed",
+                hint="raise cohort, or lower thresholds.floor",
+            )
         down = sent_down(config.shared.aggregation)
         return Attempt(
             plan=self._plan(standing, state),
