@@ -4,7 +4,7 @@ Progress goes to standard error, the table to standard output, so that either ca
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from rich.console import Console as RichConsole
@@ -62,8 +62,3 @@ class Console:
 
 def _bytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
-
-
-def names(values: Sequence[object]) -> str:
-    """Values for a sentence."""
-    return ", ".join(str(value) for value in values)

@@ -89,10 +89,17 @@ def evaluate(work: Evaluation, executor: GroupExecutor, console: Console) -> tup
         ClientFailed: A user's job failed.
     """
     arms = chosen_arms(work.run)
+    needed = _answered(arms)
     rows = _train(work, executor, console, tuple(arm for arm in TRAINED_ARMS if arm in arms))
     _write_rows(work.folder / "personal.jsonl", rows)
-    answers = _score(work, executor, console, tuple(arm for arm in SCORED_ARMS if arm in arms))
+    answers = _score(work, executor, console, needed)
     return tuple(arm for arm in _arms(work, answers) if arm.arm in arms)
+
+
+def _answered(arms: Sequence[str]) -> tuple[str, ...]:
+    """The arms whose answers are needed: the others of `ALL_ARMS` are made from those of another arm."""
+    needed = {*arms, "shared"} if "prior_shift" in arms else set(arms)
+    return tuple(arm for arm in SCORED_ARMS if arm in needed) or ("base",)
 
 
 def _groups(work: Evaluation) -> list[tuple[str, ...]]:

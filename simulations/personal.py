@@ -8,7 +8,8 @@ Both functions that work on a group are module-level and take plain references, 
 Nothing of a user is read by another user's job, but for the two controls that are about other users.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from fedoppu.client.prompts import PreparedQuery
 from fedoppu.client.vault import QUERY, HistoryItem
 from fedoppu.common.adapter_files import load_adapter, save_adapter
 from fedoppu.common.adapters import Adapter, initial_adapter
-from fedoppu.common.errors import ClientFailed
+from fedoppu.common.errors import ClientFailed, FedoppuError
 from fedoppu.common.randomness import Randomness
 from fedoppu.simulations.baselines import OwnHistory, population_items
 from fedoppu.simulations.scores import QueryResult, labelled_result
@@ -51,14 +52,14 @@ class TrainGroup:
 
 @dataclass(frozen=True)
 class TrainedRow:
-    """What is recorded of one trained adapter."""
+    """What is recorded of one trained adapter; without examples it has no loss and is as it began."""
 
     user: str
     arm: str
     examples: int
     steps: int
     tokens: int
-    train_loss: float
+    train_loss: float | None
     digest: str
 
 
@@ -130,7 +131,7 @@ def _row(arm: str, user: str, trained: TrainedAdapter) -> TrainedRow:
         examples=trained.examples,
         steps=trained.steps,
         tokens=trained.tokens,
-        train_loss=trained.train_loss,
+        train_loss=trained.train_loss if trained.examples else None,
         digest=trained.adapter.digest(),
     )
 
@@ -162,9 +163,10 @@ class _Examples:
     def of_user(self, user: str) -> list[Example]:
         """Each item of the user's history as an example, oldest first."""
         if user not in self._built:
-            history, _ = worker_history(self._worker, user)
-            profile = self._worker.profile(user, history)
-            self._built[user] = self._worker.prompts.history_examples(history, profile=profile)
+            with _naming(user):
+                history, _ = worker_history(self._worker, user)
+                profile = self._worker.profile(user, history)
+                self._built[user] = self._worker.prompts.history_examples(history, profile=profile)
         return self._built[user]
 
     def of_arm(
@@ -176,6 +178,15 @@ class _Examples:
         return [self.of_user(other)[index] for other, index in pooled[user]]
 
 
+@contextmanager
+def _naming(user: str) -> Iterator[None]:
+    """Gives an error about a user's own data the name of the user."""
+    try:
+        yield
+    except FedoppuError as error:
+        raise ClientFailed(f"user {user}: {error}", hint=error.hint) from None
+
+
 def worker_history(worker: Worker, user: str) -> tuple[list[HistoryItem], list[HistoryItem]]:
     """A virtual user's items of the task, oldest first, and queries."""
     everything = worker.users.vault(user).history()
@@ -184,7 +195,12 @@ def worker_history(worker: Worker, user: str) -> tuple[list[HistoryItem], list[H
 
 
 def score_group(worker: Worker, group: ScoreGroup) -> GroupAnswers:
-    """Answers every query of a group of users under every arm."""
+    """Answers every query of a group of users under every arm.
+
+    Raises:
+        ClientFailed: A query cannot be asked; the message names the user.
+        AdapterError: An adapter on disk is of another base or another shared adapter.
+    """
     shared = load_adapter(group.shared)
     asked = [prepared for user in group.users for prepared in _prepare(worker, user)]
     results: dict[tuple[str, int | None], Sequence[QueryResult]] = {}
@@ -220,10 +236,11 @@ class _Asked:
 
 
 def _prepare(worker: Worker, user: str) -> list[_Asked]:
-    history, queries = worker_history(worker, user)
-    profile = worker.profile(user, history)
-    prepared = worker.prompts.queries(history, queries, profile=profile)
-    return [_Asked(user, query) for query in prepared]
+    with _naming(user):
+        history, queries = worker_history(worker, user)
+        profile = worker.profile(user, history)
+        prepared = worker.prompts.queries(history, queries, profile=profile)
+        return [_Asked(user, query) for query in prepared]
 
 
 def _stack(

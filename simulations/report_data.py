@@ -40,11 +40,19 @@ class RoundPoint:
 
 @dataclass(frozen=True)
 class Recall:
-    """How many scored texts base users have in their histories: the shared model may recall them."""
+    """How many scored texts base users have too: the shared model may recall their answers.
+
+    Attributes:
+        task: LaMP's name.
+        queries: That were scored.
+        seen: Of them, texts that are in a base user's history.
+        asked: Further ones, that are in a base user's query only.
+    """
 
     task: str
     queries: int
     seen: int
+    asked: int = 0
 
 
 @dataclass(frozen=True)

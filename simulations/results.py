@@ -117,7 +117,7 @@ def _recalls(results: Sequence[FederationResult]) -> list[Recall]:
                 (sum(user.queries for user in arm.users) for arm in result.arms if arm.users), 0
             )
             found[result.phase.config.task] = Recall(
-                result.phase.config.task, asked, users.recalled
+                result.phase.config.task, asked, users.recalled, users.recalled_from_queries
             )
     return list(found.values())
 

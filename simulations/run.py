@@ -81,22 +81,21 @@ def _checked(run: RunConfig) -> BaseFacts:
 def _open_folder(run: RunConfig) -> Path:
     folder = Path(run.out or f"runs/{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}")
     if (folder / "config.yaml").exists():
-        raise UsageError(f"{folder} holds a run already", hint="set out=FOLDER to another folder")
+        raise UsageError(
+            f"{folder} holds a run already",
+            hint="set out=FOLDER to another folder, or delete this one",
+        )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        commit_file(folder / "config.yaml", to_yaml(as_flat(run)).encode())
     except OSError as error:
         raise UsageError(
-            f"{folder} cannot be made: {error.strerror}", hint="set out=FOLDER"
+            f"{folder} cannot be written to: {error.strerror}", hint="set out=FOLDER"
         ) from None
-    commit_file(folder / "config.yaml", to_yaml(as_flat(run)).encode())
     return folder
 
 
 def _warn(run: RunConfig, console: Console) -> None:
-    if run.research.plain_updates:
-        console.warn(
-            "research.plain_updates: updates travel in clear, and the server sees each of them"
-        )
+    """What weakens a promise; of updates in clear, the strategy warns itself."""
     if run.thresholds.floor < 20:
         console.say(
             f"floor of {run.thresholds.floor} members: for simulations; a device's own policy asks for 20 by default"
@@ -114,6 +113,8 @@ def _phases(
             console.say(
                 f"{task}, seed {seed}: {len(users.target)} target users, {len(users.base)} base users"
             )
+            for note in users.notes:
+                console.say(f"  {note}")
             for k in run.k:
                 for profile in run.profile:
                     config = federation(

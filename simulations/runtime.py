@@ -78,7 +78,14 @@ def train_group(worker: Worker, group: TrainGroup) -> Mapping[int, Result]:
             results[member] = ClientFailure(str(member), describe(error))
     for trained in worker.trainer.update_many(jobs):
         results[int(trained.id)] = _result(trained, received, group.plan, config=config)
-    return {member: results[member] for member in group.members}
+    return {member: _named(results[member], worker.users.base[member]) for member in group.members}
+
+
+def _named(result: Result, user: str) -> Result:
+    """Says whose failure it is; the name stays on the clients' side."""
+    if isinstance(result, ClientFailure):
+        return ClientFailure(result.id, f"user {user}: {result.message}")
+    return result
 
 
 def member_job(worker: Worker, member: int, *, plan: RoundPlan, received: Adapter) -> ClientJob:

@@ -5,11 +5,12 @@ that it depends on, so every process of a run, and every engine, finds the same 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedoppu.client.importers.lamp import LampUser, read_lamp
+from fedoppu.common.commit import commit_file
 from fedoppu.common.config import RunConfig
 from fedoppu.common.errors import DataError
 from fedoppu.simulations.lamp import split
@@ -17,6 +18,8 @@ from fedoppu.simulations.population import generate
 from fedoppu.simulations.virtual_users import VirtualUsers, write_users
 
 FACTS = "facts.json"
+HUGE = 500_000_000  # bytes: of larger files only the first records are read
+RECORDS_A_USER = 4  # read of such a file for each user that is wanted
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,18 @@ class PreparedUsers:
         base: Ids of the users who train the shared adapter; a member is an index into it.
         oracle: (user, query): answer of an oracle that knows the preferences; empty on data.
         recalled: On data, number of queries whose text is also in a base user's history.
+        recalled_from_queries: Further ones, whose text is in a base user's query only.
+        notes: On data, what was left out, for people: records that are known to be bad, and the
+            rest of huge files.
     """
 
     folder: Path
     target: tuple[str, ...]
     base: tuple[str, ...]
     oracle: Mapping[tuple[str, str], str]
-    recalled: int | None
+    recalled: int | None = None
+    recalled_from_queries: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def prepare_users(run: RunConfig, *, task: str, seed: int, folder: Path) -> PreparedUsers:
@@ -53,7 +61,15 @@ def prepare_users(run: RunConfig, *, task: str, seed: int, folder: Path) -> Prep
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     users = VirtualUsers(folder)
     oracle = {(user, query): answer for user, query, answer in facts["oracle"]}
-    return PreparedUsers(folder, users.target, users.base, oracle, facts["recalled"])
+    return PreparedUsers(
+        folder,
+        users.target,
+        users.base,
+        oracle,
+        facts["recalled"],
+        facts["recalled_from_queries"],
+        tuple(facts["notes"]),
+    )
 
 
 def history_lengths(users: PreparedUsers, task: str) -> dict[str, int]:
@@ -76,18 +92,35 @@ def _write_generated(run: RunConfig, task: str, seed: int, folder: Path) -> None
     )
     oracle = [[user, query, answer] for (user, query), answer in sorted(population.oracle.items())]
     write_users(folder, population.target, population.base)
-    _write_facts(folder, {"oracle": oracle, "recalled": None})
+    _write_facts(folder, oracle=oracle)
 
 
 def _write_imported(run: RunConfig, task: str, folder: Path) -> None:
-    data = read_lamp(Path(run.data or ""), task)
+    limit = _record_limit(run, task)
+    data = read_lamp(Path(run.data or ""), task, limit=limit)
     chosen = split(
         data.target, data.base, users=run.users, base_users=run.base_users, queries=run.queries
     )
     _require_users(chosen.target, 1, "target", run)
     _require_users(chosen.base, 2, "base", run)
     write_users(folder, chosen.target, chosen.base)
-    _write_facts(folder, {"oracle": [], "recalled": chosen.recalled})
+    left_out = [f"left out, known to be bad: {record}" for record in data.left_out]
+    cut = [f"a file is huge: only its first {limit} records were read"] if limit else []
+    _write_facts(
+        folder,
+        recalled=chosen.recalled,
+        recalled_from_queries=chosen.recalled_from_queries,
+        notes=[*left_out, *cut],
+    )
+
+
+def _record_limit(run: RunConfig, task: str) -> int | None:
+    """Records of each file that are read: all, unless a file is huge; users are taken in its order."""
+    data = Path(run.data or "")
+    home = data / task if (data / task).is_dir() else data
+    files = home.rglob("*.json") if home.is_dir() else [home]
+    largest = max((file.stat().st_size for file in files), default=0)
+    return RECORDS_A_USER * (run.users + run.base_users) if largest > HUGE else None
 
 
 def _require_users(users: tuple[LampUser, ...], least: int, role: str, run: RunConfig) -> None:
@@ -98,5 +131,19 @@ def _require_users(users: tuple[LampUser, ...], least: int, role: str, run: RunC
         )
 
 
-def _write_facts(folder: Path, facts: Mapping[str, object]) -> None:
-    (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+def _write_facts(
+    folder: Path,
+    *,
+    oracle: Sequence[Sequence[str]] = (),
+    recalled: int | None = None,
+    recalled_from_queries: int = 0,
+    notes: Sequence[str] = (),
+) -> None:
+    """Written last: it vouches for the users beside it."""
+    facts = {
+        "oracle": oracle,
+        "recalled": recalled,
+        "recalled_from_queries": recalled_from_queries,
+        "notes": notes,
+    }
+    commit_file(folder / FACTS, json.dumps(facts).encode())
