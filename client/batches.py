@@ -18,7 +18,7 @@ from fedoppu.common.errors import DataError
 
 # what one more pass costs beyond its tokens, measured, in tokens of a small base
 PASS_COST = 160
-MAX_TOKENS = 4096
+MAX_TOKENS = 2048
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fedoppu.common.errors import BaseModelError, UsageError
 
 Dtype = Literal["float32", "bfloat16"]
 POCKET = Path(__file__).parent / "pocket"
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # in bf16 on a CPU, scaled_dot_product_attention is 2-5 times slower than attention written out
 ATTENTION: dict[Dtype, str] = {"float32": "sdpa", "bfloat16": "eager"}
 
@@ -163,7 +164,7 @@ def load_base(facts: BaseFacts, *, dtype: Dtype = "float32") -> LoadedBase:
             tokenizer = cast(Any, AutoTokenizer).from_pretrained(facts.path, local_files_only=True)
             model = AutoModelForCausalLM.from_pretrained(
                 facts.path,
-                dtype=cast(torch.dtype, getattr(torch, dtype)),
+                dtype=DTYPES[dtype],
                 local_files_only=True,
                 attn_implementation=ATTENTION[dtype],
             )

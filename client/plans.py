@@ -76,8 +76,13 @@ def planned_steps(job: ClientJob) -> int:
 
 
 def _resolved(settings: TrainingSettings) -> TrainingSettings:
-    for name in ("learning_rate", "epochs", "newest"):
-        if getattr(settings, name) is None:
+    values = {
+        "learning_rate": settings.learning_rate,
+        "epochs": settings.epochs,
+        "newest": settings.newest,
+    }
+    for name, value in values.items():
+        if value is None:
             raise UsageError(f"training.{name} must be set before a job runs, got null")
     return settings
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedoppu.client.batches import check_tokens, split_by_length
+from fedoppu.client.batches import MAX_TOKENS, check_tokens, split_by_length
 from fedoppu.client.generation import generate_batch
 from fedoppu.client.jobs import ModelQuery
 from fedoppu.client.label_scores import input_length, score_batch
@@ -26,7 +26,7 @@ WINDOW = 512
 class BatchedPredictor:
     """Answers queries of many users on one frozen base; a `jobs.Predictor`."""
 
-    def __init__(self, base: LoadedBase, *, batch_tokens: int = 4096) -> None:
+    def __init__(self, base: LoadedBase, *, batch_tokens: int = MAX_TOKENS) -> None:
         """Answer with `base`, which is never changed.
 
         Args:
