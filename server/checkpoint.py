@@ -72,6 +72,14 @@ class CheckpointStore:
         found = self.folder.glob(f"[0-9]*/{RECORD}")
         return tuple(sorted(int(path.parent.name) for path in found))
 
+    def records(self) -> tuple[RoundRecord, ...]:
+        """The records of all committed rounds, in their order.
+
+        Raises:
+            DataError: One cannot be read.
+        """
+        return tuple(self._record(number)[1] for number in self.rounds())
+
     def latest(self) -> RoundCheckpoint | None:
         """The newest committed round, or None."""
         rounds = self.rounds()
@@ -85,11 +93,10 @@ class CheckpointStore:
             DataError: Its files were changed or are incomplete.
         """
         folder = self.folder / f"{round_number:04d}"
+        head, record = self._record(round_number)
         try:
-            head = json.loads((folder / RECORD).read_bytes())
-            record = RoundRecord.from_data(head["record"])
             adapter = self._adapter((folder / VECTOR).read_bytes())
-        except (OSError, ValueError, KeyError, TypeError, ProtocolError) as error:
+        except (OSError, ProtocolError) as error:
             raise DataError(f"{folder} is not a committed round: {type(error).__name__}") from None
         if head["config_hash"] != self._config_hash:
             raise UsageError(
@@ -99,6 +106,15 @@ class CheckpointStore:
         if adapter.digest() != record.model_hash:
             raise DataError(f"{folder / VECTOR} was changed: its digest is not that of its record")
         return RoundCheckpoint(head["run_id"], head["config_hash"], adapter, record)
+
+    def _record(self, round_number: int) -> tuple[Mapping[str, Any], RoundRecord]:
+        """What is in a round's file, and the record in it."""
+        folder = self.folder / f"{round_number:04d}"
+        try:
+            head = json.loads((folder / RECORD).read_bytes())
+            return head, RoundRecord.from_data(head["record"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder} is not a committed round: {type(error).__name__}") from None
 
     def _adapter(self, data: bytes) -> Adapter:
         spec = self._initial.spec

@@ -35,7 +35,8 @@ class ServerRuntime:
         directory: Finds the members on a Grid.
         folder: Gets a folder for each committed round.
         run_id: Hex, fresh for a run; a resumed run keeps the one that it began with.
-        progress: Is told of each committed round.
+        progress: Is told of each committed round; first of those from before a restart, without
+            their times.
         warn: Is told what weakens a promise.
         sampler: Of the cohorts; uniform of `config.cohort` by default.
         deadline: Seconds that a stage waits for replies.

@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedoppu.common.adapters import Adapter
 from fedoppu.common.errors import UsageError
 from fedoppu.server.exchange import Exchanger
+from fedoppu.server.metrics import RoundTiming
 from fedoppu.server.rounds import Rounds, Standing
 from fedoppu.server.runtime import ServerRuntime
 
@@ -71,6 +72,8 @@ class OppuStrategy(Strategy):
         if self._runtime.config.plain_updates:
             self._runtime.warn(PLAIN_WARNING)
         standing = Standing.resume(self._runtime)
+        for record in self._runtime.checkpoints.records():
+            self._runtime.progress(record, RoundTiming(record.round, ()))
         result = Result()
         if standing.round < num_rounds:
             nodes = self._runtime.directory.members(grid)

@@ -344,7 +344,8 @@ def test_killed_between_rounds_goes_on_with_the_same_bytes(tmp_path: Path) -> No
         federation(tmp_path / "cut", config, progress=kill).run()
     made = federation(tmp_path / "cut", config)
     made.run()
-    assert [record.round for record in made.records] == [3, 4]
+    assert [record.round for record in made.records] == [1, 2, 3, 4]
+    assert [bool(timing.stages) for timing in made.timings] == [False, False, True, True]
     assert files(tmp_path / "whole") == files(tmp_path / "cut")
 
 
