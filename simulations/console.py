@@ -36,7 +36,7 @@ class Console:
     def warn(self, text: str) -> None:
         """Prints a warning, whatever the settings say about progress."""
         RichConsole(stderr=True, highlight=False).print(
-            f"warning: {text}", style="yellow", markup=False
+            f"warning: {text}", style="yellow", markup=False, soft_wrap=True
         )
 
     def round_done(self, record: Row, rounds: int) -> None:

@@ -147,6 +147,7 @@ def _run_locally(runtime: ServerRuntime, users: SimulatedUsers) -> None:
     grid = LocalGrid(build_client_app(users), len(users.federation.identities), users)
     try:
         run_rounds(runtime, grid)
-    except ClientFailed as error:
-        told = users.failures[0] if users.failures else str(error)
-        raise ClientFailed(told, hint=error.hint) from None
+    except ClientFailed:
+        if users.failures:
+            raise ClientFailed(users.failures[0]) from None
+        raise
