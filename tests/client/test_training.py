@@ -286,6 +286,15 @@ def test_dropout_of_a_user_depends_on_nobody_else(base: LoadedBase) -> None:
     assert distance(dropping, without.adapter, alone.adapter) > 1e-2
 
 
+def test_dropout_of_two_examples_of_a_step_differs(base: LoadedBase) -> None:
+    spec = spec_of(base, "q_proj")
+    one = with_settings(fresh_job(spec, 0, 1), dropout=0.5, epochs=1)
+    one = replace(one, start=random_adapter(spec, 8))
+    twice = replace(one, examples=[one.examples[0]] * 2)
+    single, double = train(base, [one, twice])
+    assert distance(one, double.adapter, single.adapter) > 1e-2
+
+
 def test_a_job_without_examples_returns_its_start(base: LoadedBase) -> None:
     empty = fresh_job(spec_of(base, "q_proj"), 0, 0)
     found, _ = train(base, [empty, fresh_job(empty.start.spec, 1, 3)])
