@@ -80,3 +80,11 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     _write_model(folder, _write_tokenizer(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of one small finished run of the main job; read it, and write nothing into it."""
+    from tests.small_run import finish, settings
+
+    return finish(settings(f"out={tmp_path_factory.mktemp('runs') / 'small'}"))
