@@ -1,9 +1,13 @@
 """The text that `pocket` reads: examples in a row, each document from a user of its own.
 
-A document's user is drawn so that text alone tells no label: every topic gets a label uniformly and
-independently, ratings rise or fall with quality with a wide shift, and the form of a title is
+A document's user is drawn so that text alone tells no label: every topic gets a label uniformly
+and independently, ratings rise or fall with quality with a wide shift, and the form of a title is
 uniform. So the base knows the language, the formats, the topics, the sentiment scale and how to go
 by earlier items, and is near chance without any.
+
+Reading documents put words of the text's topic, or of its sentiment, where a label would be. No
+task asks for those; they teach a small model what to look for in a text, which labels without a
+meaning of their own would teach it very slowly.
 
 What it never sees: a population of `fedoppu.simulations.population.generate`. Its users come from
 `Randomness.from_seed(seed).child("pocket")`, a purpose that the generator never asks for, whatever
@@ -16,7 +20,9 @@ from typing import Final
 
 import numpy as np
 
+from fedoppu.client.profile import template_profile
 from fedoppu.client.tasks import TASKS, PromptFormat
+from fedoppu.client.vault import HistoryItem
 from fedoppu.common.randomness import Randomness
 from fedoppu.simulations.population.drafts import Draft, draft_item, draft_query, num_labels
 from fedoppu.simulations.population.language import (
@@ -38,14 +44,22 @@ WEIGHTS: Final[Mapping[str, float]] = {
     "LaMP_5": 0.1,
     "LaMP_7": 0.1,
 }
-# Genres of reading documents beside reviews, and what their texts are called in a prompt.
-_READ: Final[tuple[tuple[Genre, str], ...]] = (
-    ("news", "article"),
-    ("movie", "movie"),
-    ("abstract", "abstract"),
-)
 SHAPES: Final = ("single", "several", "long", "reading")
-SHAPE_WEIGHTS: Final = (0.25, 0.5, 0.02, 0.23)
+SHAPE_WEIGHTS: Final = (0.1, 0.68, 0.02, 0.2)
+LONG: Final = 22
+PROFILES: Final = 0.125
+PROFILED_ITEMS: Final = 12
+
+# Genre, its name in a prompt, the task's own question, and a question that no task asks.
+_READ: Final[tuple[tuple[Genre, str, str, str], ...]] = (
+    ("news", "article", "category", "words"),
+    ("news", "article", "category", "words"),
+    ("movie", "movie", "tag", "words"),
+    ("review", "review", "score", "feeling"),
+    ("review", "review", "score", "feeling"),
+    ("abstract", "abstract", "words", "words"),
+)
+OWN_QUESTION: Final = 0.4
 
 
 @dataclass(frozen=True)
@@ -64,30 +78,34 @@ class Segment:
 Document = tuple[Segment, ...]
 
 
-def documents(seed: int, start: int = 0) -> Iterator[Document]:
-    """All documents of a seed from number `start` on; document i is a function of (seed, i)."""
+def documents(seed: int, start: int = 0, *, readings: int = 0) -> Iterator[Document]:
+    """All documents of a seed from number `start` on; the first `readings` of them only read."""
     randomness = Randomness.from_seed(seed).child(PURPOSE)
     index = start
     while True:
-        yield document(randomness.stream("document", index))
+        rng = randomness.stream("document", index)
+        yield reading(rng) if index < start + readings else document(rng)
         index += 1
 
 
 def document(rng: np.random.Generator) -> Document:
-    """Writes a document: single (one example), several (2 to 8), long (22) or reading.
-
-    Reading documents ask in words of their own what a text is about, or how it feels: no task does,
-    but they teach where in a text the topic and the sentiment are.
-    """
-    task = str(rng.choice(list(WEIGHTS), p=list(WEIGHTS.values())))
+    """Writes a document: single (one example), several (3 to 8), long (22) or reading."""
     shape = str(rng.choice(SHAPES, p=SHAPE_WEIGHTS))
-    user = draw_reader(num_labels(task), rng)
     if shape == "reading":
-        return tuple(_reading(user, rng) for _ in range(int(rng.integers(1, 4))))
+        return reading(rng)
+    task = str(rng.choice(list(WEIGHTS), p=list(WEIGHTS.values())))
+    user = draw_reader(num_labels(task), rng)
     if shape == "single":
         return (_query(task, draft_query(task, user, rng)),)
-    count = int(rng.integers(2, 9)) if shape == "several" else 22
-    return _profile(user, rng) + tuple(_in_a_row(task, user, count, rng))
+    count = int(rng.integers(3, 9)) if shape == "several" else LONG
+    return _profile(task, user, rng) + tuple(_in_a_row(task, user, count, rng))
+
+
+def reading(rng: np.random.Generator) -> Document:
+    """Writes a reading document of one to four texts, mostly one."""
+    user = draw_reader(1, rng)
+    count = 1 if rng.random() < 0.6 else int(rng.integers(2, 5))
+    return tuple(_read(user, rng) for _ in range(count))
 
 
 def draw_reader(labels: int, rng: np.random.Generator) -> Preferences:
@@ -103,45 +121,41 @@ def draw_reader(labels: int, rng: np.random.Generator) -> Preferences:
     )
 
 
+def _read(user: Preferences, rng: np.random.Generator) -> Segment:
+    topic = int(rng.choice(NUM_TOPICS, p=user.mix))
+    genre, name, question, own_question = _READ[int(rng.integers(len(_READ)))]
+    asked = own_question if rng.random() < OWN_QUESTION else question
+    quality = user.mean_quality + float(rng.standard_normal())
+    text = compose(genre, topic, rng, quality=quality)
+    words = topic_words(topic, 2, rng)
+    if genre == "review":
+        words = (sentiment_word(quality, rng), sentiment_word(quality, rng))
+    return Segment(f"{name}: {text}\n{asked}:", f" {' '.join(words)}")
+
+
+def _profile(task: str, user: Preferences, rng: np.random.Generator) -> Document:
+    """In one document of eight, the profile that the product would make of the user's items."""
+    if rng.random() >= PROFILES:
+        return ()
+    drafts = (draft_item(task, user, rng) for _ in range(PROFILED_ITEMS))
+    items = [HistoryItem("", "", "", task, draft.fields) for draft in drafts]
+    return (Segment(f"profile: {template_profile(TASKS[task], items)}", ""),)
+
+
 def _in_a_row(
     task: str, user: Preferences, count: int, rng: np.random.Generator
 ) -> Iterator[Segment]:
-    """Earlier items as they are shown, or as they are trained on, then queries."""
-    is_shown = rng.random() < 0.5
+    """Items as they are shown once retrieved, or as they are trained on, then queries."""
+    render = _block if rng.random() < 0.5 else _item
     asked = int(rng.integers(1, count))
-    for position in range(count):
-        if position >= count - asked:
-            yield _query(task, draft_query(task, user, rng))
-        else:
-            render = _block if is_shown else _item
-            yield render(task, draft_item(task, user, rng))
-
-
-def _reading(user: Preferences, rng: np.random.Generator) -> Segment:
-    topic = int(rng.choice(NUM_TOPICS, p=user.mix))
-    kind = int(rng.integers(4))
-    if kind == 0:
-        quality = user.mean_quality + float(rng.standard_normal())
-        text = compose("review", topic, rng, quality=quality)
-        words = " ".join(sentiment_word(quality, rng) for _ in range(3))
-        return Segment(f"review: {text}\nfeeling:", f" {words}")
-    genre, name = _READ[kind - 1]
-    text = compose(genre, topic, rng)
-    return Segment(f"{name}: {text}\nwords:", f" {' '.join(topic_words(topic, 3, rng))}")
-
-
-def _profile(user: Preferences, rng: np.random.Generator) -> Document:
-    """A line about the user in one document of eight: its words, never its map."""
-    if rng.random() >= 0.125:
-        return ()
-    topic = int(rng.choice(NUM_TOPICS, p=user.mix))
-    words = ", ".join(topic_words(topic, 3, rng))
-    return (Segment(f"profile: mostly about {words}", ""),)
+    for _ in range(count - asked):
+        yield render(task, draft_item(task, user, rng))
+    for _ in range(asked):
+        yield _query(task, draft_query(task, user, rng))
 
 
 def _rendered(shape: PromptFormat, draft: Draft) -> Segment:
-    prompt = shape.prompt.format_map(draft.fields)
-    return Segment(prompt, f" {draft.answer}")
+    return Segment(shape.prompt.format_map(draft.fields), f" {draft.answer}")
 
 
 def _query(task: str, draft: Draft) -> Segment:
@@ -149,11 +163,10 @@ def _query(task: str, draft: Draft) -> Segment:
 
 
 def _item(task: str, draft: Draft) -> Segment:
-    """An item as it is trained on."""
     return _rendered(TASKS[task].item_format(draft.fields), draft)
 
 
 def _block(task: str, draft: Draft) -> Segment:
-    """An item as it is shown when it was retrieved; its answer where the block has one."""
+    """The block of a retrieved item; where it has an answer, as the answer."""
     prompt, target, _ = TASKS[task].block.removesuffix("\n").partition(" {target}")
     return Segment(prompt.format_map(draft.fields), f" {draft.answer}" if target else "")
