@@ -390,7 +390,7 @@ def load_run_config(overrides: Iterable[str] = (), file: Path | None = None) -> 
         UsageError: A key names no field (the message suggests the nearest), or a value has the wrong type or range.
     """
     layers = [_read_yaml(file)] if file else []
-    return _build(RunConfig, [_tuples(layer) for layer in [*layers, _dotlist(overrides)]])
+    return _build(RunConfig, [_as_meant(layer) for layer in [*layers, _dotlist(overrides)]])
 
 
 def _dotlist(overrides: Iterable[str]) -> DictConfig:
@@ -416,8 +416,10 @@ def _read_yaml(file: Path) -> DictConfig:
     return loaded
 
 
-def _tuples(layer: DictConfig) -> DictConfig:
-    """Turns "0,2" and single values into lists where the schema wants a tuple."""
+def _as_meant(layer: DictConfig) -> DictConfig:
+    """Turns "0,2" and single values into lists where the schema wants a tuple, and YAML's null into a name."""
+    if "population" in layer and layer["population"] is None:
+        layer["population"] = "null"  # the population of that name; nothing is none
     for path in _tuple_paths(RunConfig):
         value = OmegaConf.select(layer, path)
         if isinstance(value, str):

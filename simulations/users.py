@@ -118,7 +118,7 @@ def _record_limit(run: RunConfig, task: str) -> int | None:
     """Records of each file that are read: all, unless a file is huge; users are taken in its order."""
     data = Path(run.data or "")
     home = data / task if (data / task).is_dir() else data
-    files = home.rglob("*.json") if home.is_dir() else [home]
+    files = [home] if home.is_file() else home.rglob("*.json")
     largest = max((file.stat().st_size for file in files), default=0)
     return RECORDS_A_USER * (run.users + run.base_users) if largest > HUGE else None
 

@@ -14,12 +14,15 @@ from fedoppu.simulations.console import Console
 from fedoppu.simulations.run import simulate
 
 # two tasks, all arms and controls; the adapters are trained too little to be good at anything
-SMALL = (
-    "task=LaMP_2N,LaMP_3 users=5 base_users=6 queries=3 rounds=1 cohort=4 resamples=200 "
-    "shared.held_out=4 personal.training.epochs=1 personal.training.newest=8"
-).split()
+SMALL = [
+    *("task=LaMP_2N,LaMP_3", "users=5", "base_users=6", "queries=3", "rounds=1", "cohort=4"),
+    *("personal.training.epochs=1", "personal.training.newest=8", "resamples=200"),
+]
 # as little as can be: no round, no personal adapter
-LEAST = "task=LaMP_3 users=1 base_users=2 queries=1 rounds=0 arms=majority resamples=10".split()
+LEAST = [
+    *("task=LaMP_3", "users=1", "base_users=2", "queries=1", "rounds=0"),
+    *("arms=majority", "resamples=10"),
+]
 
 
 def settings(*changes: str, start: list[str] = SMALL) -> RunConfig:

@@ -135,8 +135,8 @@ def test_the_shared_adapter_is_that_of_the_last_round(small_run: Path) -> None:
 def test_the_report_opens_without_network(small_run: Path) -> None:
     page = (small_run / "report.html").read_text()
     assert "<html" in page
-    assert "src=\"http" not in page
-    assert "href=\"http" not in page
+    assert 'src="http' not in page
+    assert 'href="http' not in page
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
@@ -160,7 +160,11 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
         ("data=nowhere", UsageError, "there is no data at nowhere"),
         ("arms=personnel", UsageError, "arms must be all or some of base, shared"),
         ("base=nowhere", UsageError, "there is no base nowhere"),
-        ("personal.adapter.targets=nope", BaseModelError, "no target module nope; it has down_proj"),
+        (
+            "personal.adapter.targets=nope",
+            BaseModelError,
+            "no target module nope; it has down_proj",
+        ),
         ("shared.adapter.targets=q_proj,nope", BaseModelError, "no target module nope"),
     ],
 )

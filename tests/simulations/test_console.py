@@ -1,0 +1,58 @@
+"""What is printed, and where to."""
+
+import pytest
+
+from fedoppu.simulations.console import FILE_WIDTH, Console
+
+RECORD = {
+    "round": 2,
+    "cohort": [0, 1, 4],
+    "survivors": [0, 1],
+    "dropped": 1,
+    "bytes_up": 250_000,
+    "bytes_down": 1_500,
+    "held_out_loss": 1.2345,
+}
+
+
+def test_a_round_is_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(progress=True, table=True).round_done(RECORD, 12)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert " ".join(err.split()) == (
+        "round 2/12 cohort 3 survivors 2 dropped 1 up 0.2 MB down 1.5 kB held-out loss 1.234"
+    )
+
+
+def test_a_round_without_a_loss_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(progress=True, table=True).round_done(RECORD | {"held_out_loss": None}, 12)
+    assert capsys.readouterr().err.endswith("held-out loss -\n")
+
+
+def test_steps_pass_results_on_and_say_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(Console(progress=True, table=True).steps("groups", "ab", 2)) == ["a", "b"]
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "  groups 1/2  about 0 s left"
+    assert last == "  groups 2/2"
+
+
+def test_quiet_still_warns_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(progress=False, table=True)
+    console.say("nobody reads this")
+    console.warn("a promise is weakened, " * 9)
+    err = capsys.readouterr().err
+    assert err.startswith("warning: a promise")
+    assert err.count("\n") == 1
+
+
+def test_text_of_users_is_not_taken_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(progress=True, table=True).say("runs/[bold]x[/bold]")
+    assert capsys.readouterr().err == "runs/[bold]x[/bold]\n"
+
+
+def test_tables_for_a_pipe_are_a_hundred_columns_wide_and_may_be_off(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert Console(progress=True, table=True).tables.width == FILE_WIDTH
+    Console(progress=True, table=False).tables.print("a table")
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,115 @@
+"""The shared phase of a run, with made-up training: rounds, records, drops, warnings, errors."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from fedoppu.client.jobs import ClientFailure, LocalUpdate
+from fedoppu.client.model import resolve_base
+from fedoppu.common.config import load_run_config
+from fedoppu.common.defaults import federation, personal_settings
+from fedoppu.common.errors import BaseModelError, ClientFailed, RoundAborted
+from fedoppu.common.rounds import RoundPlan
+from fedoppu.simulations.console import Console
+from fedoppu.simulations.executors import GroupExecutor
+from fedoppu.simulations.shared import SharedPhase, train_shared
+from fedoppu.simulations.users import PreparedUsers
+from tests.fake_federation import FakeExecutor, made_up
+
+QUIET = Console(progress=False, table=False)
+
+
+def phase(folder: Path, *changes: str, members: int = 6) -> SharedPhase:
+    """One federation on pocket whose users nobody reads."""
+    run = load_run_config(["task=LaMP_3", "cohort=4", "rounds=2", "group_users=2", *changes])
+    base = resolve_base("pocket")
+    config = federation(
+        run, base, task="LaMP_3", k=0, profile="none", base_users=members, seed=run.seed
+    )
+    names = tuple(f"base-{member}" for member in range(members))
+    users = PreparedUsers(folder / "users", ("target-0",), names, {})
+    return SharedPhase(run, base, config, run.seed, users, folder)
+
+
+def train(own: SharedPhase, executor: FakeExecutor | None = None) -> Any:
+    return train_shared(own, cast(GroupExecutor, executor or FakeExecutor()), QUIET)
+
+
+def test_rounds_are_recorded_committed_and_their_model_is_the_result(tmp_path: Path) -> None:
+    adapter, records, timing = train(phase(tmp_path))
+    assert [record["round"] for record in records] == [1, 2]
+    assert [record["round"] for record in timing] == [1, 2]
+    assert adapter.digest() == records[-1]["model_hash"]
+    assert adapter.parent is None
+    assert sorted(path.name for path in (tmp_path / "rounds").iterdir())[:2] == ["0001", "0002"]
+
+
+def test_the_same_seed_gives_the_same_rounds_and_another_one_does_not(tmp_path: Path) -> None:
+    first, again = (train(phase(tmp_path / name))[1] for name in "ab")
+    assert first == again
+    assert train(phase(tmp_path / "c", "seed=1"))[1] != first
+
+
+def test_groups_are_of_the_configured_size(tmp_path: Path) -> None:
+    executor = FakeExecutor()
+    train(phase(tmp_path, "rounds=1", "cohort=5", "group_users=3"), executor)
+    assert [len(group) for group in executor.groups] == [3, 2]
+
+
+def test_without_rounds_the_result_is_the_initial_adapter(tmp_path: Path) -> None:
+    adapter, records, _ = train(phase(tmp_path, "rounds=0"))
+    assert records == ()
+    assert not any(adapter.tensors[name].any() for name in adapter.tensors if name.endswith(".B"))
+
+
+def test_plain_updates_print_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(phase(tmp_path / "secure"))
+    assert "warning" not in capsys.readouterr().err
+    train(phase(tmp_path / "plain", "research.plain_updates=true"))
+    assert "updates travel in clear and the server sees each" in capsys.readouterr().err
+
+
+def test_dropouts_are_recorded_and_the_rounds_go_on(tmp_path: Path) -> None:
+    own = phase(tmp_path, "research.dropout=0.2", "rounds=6", "cohort=10", members=20)
+    _, records, _ = train(own)
+    assert len(records) == 6
+    dropped = [record for record in records if record["dropped"]]
+    assert dropped
+    for record in dropped:
+        gone = {member for members in record["drops"].values() for member in members}
+        assert gone <= set(record["cohort"])
+        assert len(gone) == record["dropped"]
+
+
+def test_when_all_drop_the_run_ends_and_says_who(tmp_path: Path) -> None:
+    with pytest.raises(RoundAborted, match=r"given up after 3 attempts: .*simulated drop"):
+        train(phase(tmp_path, "research.dropout=1"))
+
+
+def test_a_members_failure_is_told_in_full_and_ends_the_rounds(tmp_path: Path) -> None:
+    def fails(member: int, plan: RoundPlan) -> LocalUpdate | ClientFailure:
+        if plan.round == 2:
+            return ClientFailure(str(member), f"user base-{member}: ValueError: item 9 is empty")
+        return made_up(member, plan)
+
+    with pytest.raises(
+        ClientFailed, match=r"member \d, train.masked: .*user base-\d: .*item 9"
+    ) as e:
+        train(phase(tmp_path), FakeExecutor(fails))
+    assert e.value.hint == ""
+    assert (tmp_path / "rounds" / "0001").is_dir()
+    assert not (tmp_path / "rounds" / "0002").exists()
+
+
+def test_targets_that_the_base_lacks_are_refused_for_either_adapter(tmp_path: Path) -> None:
+    own = phase(tmp_path)
+    personal = personal_settings(own.run, own.base, "LaMP_3")
+    SharedPhase.check(own.config, own.base, personal)
+    wrong = replace(personal, adapter=replace(personal.adapter, targets=("c_attn",)))
+    with pytest.raises(BaseModelError, match="no target module c_attn; it has down_proj"):
+        SharedPhase.check(own.config, own.base, wrong)
+    shared = replace(own.config.shared, adapter=wrong.adapter)
+    with pytest.raises(BaseModelError, match="no target module c_attn"):
+        SharedPhase.check(replace(own.config, shared=shared), own.base, personal)
