@@ -111,6 +111,8 @@ def _groups(work: Evaluation) -> list[tuple[str, ...]]:
 def _train(
     work: Evaluation, executor: GroupExecutor, console: Console, arms: tuple[str, ...]
 ) -> list[TrainedRow]:
+    if not arms:
+        return []
     pooled = _pooled(work) if "population" in arms else {}
     groups = [
         TrainGroup(
@@ -194,5 +196,5 @@ def _oracle(
 
 
 def _write_rows(path: Path, rows: Sequence[TrainedRow]) -> None:
-    lines = [json.dumps(asdict(row), sort_keys=True) for row in rows]
-    commit_file(path, ("\n".join(lines) + "\n").encode())
+    lines = [json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows]
+    commit_file(path, "".join(lines).encode())

@@ -8,7 +8,7 @@ import pytest
 from fedoppu.common.config import RunConfig, load_run_config
 from tests.small_run import LEAST, command
 
-QUESTION = {
+QUESTION: dict[str, object] = {
     "id": "31",
     "input": "What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3,"
     " 4, or 5 without further explanation. review: dull",
