@@ -175,7 +175,8 @@ def _arms(work: Evaluation, answers: GroupAnswers) -> Iterator[Arm]:
     any_arm = next(iter(results.values()))
     yield Arm("majority", None, score_users(majority(any_arm, answers.answers, task.kind), task))
     if ("shared", None) in results:
-        shifted = prior_shift(results["shared", None], answers.histories, task.labels)
+        known = [one for one in results["shared", None] if one.user in answers.histories]
+        shifted = prior_shift(known, answers.histories, task.labels)
         yield Arm("prior_shift", None, score_users(shifted, task))
     if work.users.oracle:
         yield Arm("oracle", None, score_users(_oracle(any_arm, work.users.oracle), task))

@@ -88,7 +88,7 @@ class GroupAnswers:
 
     Attributes:
         results: (arm, None) or ("personal", index of the wrong user): the answers of all users of the group.
-        histories: User: shared's scores on the own history; empty for generation.
+        histories: User: shared's scores on the own history; empty for tasks whose items hold no label.
         answers: User: the answers of the own history, oldest first; empty where items hold none of the task's.
     """
 
@@ -320,11 +320,12 @@ def _own_answers(worker: Worker, user: str) -> tuple[str, ...]:
 
 
 def _own_history(worker: Worker, user: str, shared: Adapter) -> OwnHistory | None:
-    """Shared's label scores on the own history, with causal retrieval; None without labels."""
-    answers = _own_answers(worker, user)
-    if not answers:
+    """Shared's label scores on the own history, with causal retrieval; None if items hold no label."""
+    if not (worker.task.labels and worker.task.items_are_queries):
         return None
-    history, _ = worker_history(worker, user)
+    answers, (history, _) = _own_answers(worker, user), worker_history(worker, user)
+    if not history:
+        return OwnHistory((), np.zeros((0, len(worker.task.labels))))
     examples = worker.prompts.history_examples(history, profile=worker.profile(user, history))
     labels = worker.prompts.label_tokens()
     queries = [

@@ -155,6 +155,19 @@ def test_arms_without_a_model_are_made_of_golds_histories_and_answers(work: Eval
         assert moved.values["loss"] < plain.values["loss"]
 
 
+def test_without_labels_in_the_histories_there_is_no_prior_to_shift(work: Evaluation) -> None:
+    class NoLabels(FakeExecutor):
+        def map(self, work: Callable[..., Any], groups: Sequence[Any]) -> Iterator[Any]:
+            for found in super().map(work, groups):
+                if isinstance(found, GroupAnswers):
+                    found = replace(found, histories={}, answers=dict.fromkeys(found.answers, ()))
+                yield found
+
+    arms = {arm.arm: arm for arm in evaluate(work, NoLabels(), QUIET) if arm.control is None}
+    assert arms["prior_shift"].users == arms["majority"].users == ()
+    assert len(arms["shared"].users) == len(LENGTHS)
+
+
 def test_on_data_there_is_no_oracle(work: Evaluation) -> None:
     on_data = replace(work, users=replace(work.users, oracle={}))
     assert "oracle" not in {arm.arm for arm in evaluate(on_data, FakeExecutor(), QUIET)}

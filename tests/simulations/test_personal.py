@@ -257,6 +257,41 @@ def test_generation_answers_in_words_and_scores_the_gold(tmp_path: Path) -> None
         assert len(result.prediction.split()) <= 4
 
 
+@dataclass(frozen=True)
+class Empty:
+    """A user with a query and no history."""
+
+    queries: tuple[HistoryItem, ...]
+
+    def vault(self, user: str) -> "Empty":
+        return self
+
+    def history(self) -> Sequence[HistoryItem]:
+        return self.queries
+
+    @property
+    def profile(self) -> None:
+        return None
+
+
+def test_a_user_without_history_is_scored_and_nothing_is_known_of_their_labels(
+    ready: Ready,
+) -> None:
+    _, queries = worker_history(ready.worker, TARGETS[0])
+    newcomer = replace(ready.worker, users=Empty(tuple(queries)))  # type: ignore[arg-type]
+    found = score_group(newcomer, ready.scores(("shared",), users=TARGETS[:1]))
+    assert len(found.results["shared", None]) == 2
+    assert found.answers == {TARGETS[0]: ()}
+    assert found.histories[TARGETS[0]].scores.shape == (0, 5)
+
+
+def test_items_without_labels_say_nothing_about_the_labels_of_queries(tmp_path: Path) -> None:
+    worker = worker_of(tmp_path / "users", "LaMP_1")
+    save_adapter(tmp_path / "shared", random_adapter(worker.shared_spec, 1), base_name="pocket")
+    group = ScoreGroup(TARGETS[:1], ("shared",), tmp_path / "shared", tmp_path, {})
+    assert score_group(worker, group).histories == {}
+
+
 # --- the population arm's draw ---------------------------------------------------------------------
 
 
