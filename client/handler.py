@@ -152,16 +152,18 @@ class Handler:
         config = self._agree(plan, opening.config)
         if config.plain_updates:
             raise ProtocolError("this federation sends plain updates: it has no exchange of keys")
-        self.seat.pin(opening.config)
+        self.seat.require_pinned(opening.config)
         self.seat.require_unanswered(config.task, plan)
         self._drop("query.keys", plan)
+        last = self.seat.last_in(plan.run_id) or self.seat.last or _before_first(config)
         machine = SecAggClient(
             self.runtime.identity,
-            Pins(self.runtime.roster, plan.config_hash, self.seat.last or _before_first(config)),
+            Pins(self.runtime.roster, plan.config_hash, last),
             policy=self.runtime.policy,
             keys=self.runtime.keys,
         )
         advert = _only(machine.receive(opening.event))
+        self.seat.pin(opening.config)  # not before: a refused plan pins nothing
         self._save(machine)
         return advert
 
@@ -264,9 +266,10 @@ class Handler:
         config = self._agree(plan, request.config)
         if not (config.plain_updates and self.runtime.plain_updates):
             raise RefusedByPolicy("this client sends no update in clear")
-        self.seat.pin(request.config)
+        self.seat.require_pinned(request.config)
         self._drop(PLAIN, plan)
         update = self._update(plan, config, request.model)
+        self.seat.pin(request.config)
         loss = update.held_out_loss
         return PlainUpdate(
             member=self.runtime.identity.member,

@@ -43,6 +43,11 @@ class Seat:
         data = self.store.get(LAST)
         return LastRound(**json.loads(data)) if data else None
 
+    def last_in(self, run_id: str) -> LastRound | None:
+        """The last attempt of a run that keys were sent for, whatever other runs came after it."""
+        data = self.store.get(_run_key(run_id))
+        return LastRound(**json.loads(data)) if data else None
+
     @property
     def machine(self) -> bytes | None:
         """The state machine of the attempt under way, as it was dumped."""
@@ -54,10 +59,17 @@ class Seat:
         Raises:
             RefusedByPolicy: Another config was pinned before.
         """
+        self.require_pinned(config)
+        self.store.put(CONFIG, config)
+
+    def require_pinned(self, config: bytes) -> None:
+        """Refuses a config beside the pinned one, and pins none itself.
+
+        Raises:
+            RefusedByPolicy: Another config was pinned before.
+        """
         pinned = self.store.get(CONFIG)
-        if pinned is None:
-            self.store.put(CONFIG, config)
-        elif pinned != config:
+        if pinned is not None and pinned != config:
             raise RefusedByPolicy(
                 f"the server's config {_short(config)} is not {_short(pinned)}, which this client "
                 "took part with",
@@ -87,7 +99,10 @@ class Seat:
         """Stores the machine, overwriting the one before, and the attempt."""
         self.store.put(MACHINE, machine)
         if last is not None:
-            self.store.put(LAST, json.dumps(asdict(last)).encode())
+            data = json.dumps(asdict(last)).encode()
+            # each run has a memory of its own: a server that goes to another run and back finds it
+            self.store.put(_run_key(last.run_id), data)
+            self.store.put(LAST, data)
 
     def finish(self, task: str, plan: RoundPlan) -> None:
         """Remembers that an unmask reply was made."""
@@ -103,6 +118,10 @@ class Seat:
     def keep(self, stage: Stage, request: RecordDict, reply: RecordDict) -> None:
         """Stores a reply before it is sent; the one of the stage before is overwritten."""
         self.store.put(REPLY, _key(stage, request) + pack(reply))
+
+
+def _run_key(run_id: str) -> str:
+    return f"{LAST}.{run_id}"
 
 
 def _key(stage: Stage, request: RecordDict) -> bytes:

@@ -33,7 +33,7 @@ from typing import Protocol
 from fedoppu.client.dealing import Secrets, deal, halves, open_package
 from fedoppu.client.policy import ClientPolicy, LastRound
 from fedoppu.common.cohort import Cohort, form_cohort
-from fedoppu.common.errors import ProtocolError
+from fedoppu.common.errors import ProtocolError, RefusedByPolicy, UsageError
 from fedoppu.common.masking import (
     KeyAgreement,
     Mask,
@@ -238,8 +238,12 @@ class SecAggClient:
         return answer
 
     def erase(self) -> None:
-        """Overwrites all secrets, for a round that is given up; nothing is received after it."""
-        after = replace(_without_secrets(self._state), phase=Phase.EXCLUDED.value)
+        """Overwrites all secrets, for a round that is given up; nothing is received after it.
+
+        A round that was answered stays so: `last_round` must not forget it.
+        """
+        phase = Phase.DONE if self.phase is Phase.DONE else Phase.EXCLUDED
+        after = replace(_without_secrets(self._state), phase=phase.value)
         _wipe_dropped(self._state, after)
         self._state = after
 
@@ -315,7 +319,7 @@ class SecAggClient:
                 f"the cohort does not hold the advert that member {self.member} sent"
             )
         self._policy.check_cohort(plan, len(cohort))
-        require_no_overflow(plan, len(cohort))
+        _require_no_overflow(plan, len(cohort))
         bundle = deal(
             cohort,
             self._identity,
@@ -442,6 +446,13 @@ class SecAggClient:
                 self.plan, {advert.member: advert for advert in self._state.adverts}
             )
         return self._cohort
+
+
+def _require_no_overflow(plan: RoundPlan, members: int) -> None:
+    try:
+        require_no_overflow(plan, members)
+    except UsageError as error:  # of a plan that came from a server
+        raise RefusedByPolicy(str(error), hint=error.hint) from None
 
 
 def _require_sorted(name: str, members: tuple[int, ...]) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedoppu.client.app import place
+from fedoppu.client.app import build_client_app, place
+from fedoppu.client.handler import MemberRuntime
 from fedoppu.client.jobs import ClientFailure
 from fedoppu.client.seat import Seat
 from fedoppu.common.config import ResearchSettings
@@ -229,6 +230,28 @@ def test_answered_round_takes_no_other_attempt(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("answered", [True, False])
+def test_run_that_a_server_returns_to_is_remembered(tmp_path: Path, answered: bool) -> None:
+    made = federation(tmp_path, replace(CONFIG, rounds=1, cohort=8))
+    if answered:
+        made.run()
+    else:
+        ask(made, "query.keys", opening(made, plan_for(made, attempt=1)))
+    other = replace(plan_for(made), run_id="cd" * 16, model_hash="ef" * 32)
+    assert not ask(made, "query.keys", opening(made, other)).has_error()
+    back = opening(made, replace(plan_for(made, attempt=1), clip=9.0))
+    expected = "answered at attempt 0" if answered else "not after round 1 attempt 1"
+    assert expected in refusal(ask(made, "query.keys", back))
+
+
+def test_refused_plan_pins_no_config(tmp_path: Path) -> None:
+    made = federation(tmp_path)
+    other = replace(CONFIG, k=3)
+    plan = replace(plan_for(made), config_hash=other.hash().hex(), value_range=50.0)
+    assert "value_range" in refusal(ask(made, "query.keys", opening(made, plan, other.canonical())))
+    assert not ask(made, "query.keys", opening(made)).has_error()
+
+
 def test_member_outside_the_survivor_set_takes_no_more_part(tmp_path: Path) -> None:
     def without_member(content: RecordDict) -> RecordDict:
         request = read_request("query.consistency", content)
@@ -253,6 +276,22 @@ def test_error_of_training_is_told_without_its_message(tmp_path: Path) -> None:
     ):
         made.run()
     assert "dear diary" in made.users.failures[0]
+
+
+@pytest.mark.parametrize("stage", ["query.hello", "query.keys", "train.masked"])
+def test_error_before_there_is_a_member_is_told_without_its_message(
+    stage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        def member(self, context: Context) -> MemberRuntime:
+            raise ValueError("dear diary")
+
+    message = Message(RecordDict(), dst_node_id=1, message_type=stage, group_id="1")
+    state = Context(1, 1, {}, RecordDict(), {})
+    reply = build_client_app(Broken())(message, state)
+    assert reply.error.code == ReplyCode.FAILED
+    assert (reply.error.reason or "").startswith("ValueError at test_app.py:")
+    assert "dear diary" in caplog.text  # on this side alone
 
 
 def test_place_names_the_error_and_our_line_alone() -> None:

@@ -7,7 +7,7 @@ import pytest
 from fedoppu.client.policy import ClientPolicy, LastRound
 from fedoppu.client.secagg import TRANSITIONS, OsKeySource, Phase, Pins, SecAggClient
 from fedoppu.common.config import ThresholdSettings
-from fedoppu.common.errors import DataError, ProtocolError, RefusedByPolicy, UsageError
+from fedoppu.common.errors import DataError, ProtocolError, RefusedByPolicy
 from fedoppu.common.masking import public_key
 from fedoppu.common.rounds import (
     Advert,
@@ -124,6 +124,16 @@ def test_memory_of_a_round_says_whether_it_was_answered() -> None:
     last = federation.clients[0].last_round
     assert last is not None
     assert last.answered
+
+
+def test_answered_round_stays_answered_when_its_secrets_are_erased() -> None:
+    federation = Federation(4)
+    federation.run()
+    client = federation.clients[0]
+    before = client.last_round
+    client.erase()
+    assert client.last_round == before
+    assert client.phase is Phase.DONE
 
 
 def test_keys_of_the_operating_system_differ_each_time() -> None:
@@ -293,5 +303,5 @@ def test_words_that_the_cohort_would_overflow_are_refused() -> None:
     plan = replace(federation.plan, word_bits=16, level_bits=14)
     clients = [client_of(member=member) for member in range(5)]
     adverts = [client.receive(RoundOpened(plan))[0] for client in clients]
-    with pytest.raises(UsageError, match="5 members with 14-bit levels overflow"):
+    with pytest.raises(RefusedByPolicy, match="5 members with 14-bit levels overflow"):
         clients[0].receive(CohortFixed(tuple(adverts)))  # type: ignore[arg-type]
