@@ -107,11 +107,20 @@ class Attempt:
                 self._ask(machine, stage)
                 if stage is Exchange.UNMASK:
                     self._ask_again(machine)
-                following = machine.receive(StageEnded())
+                following = self._end(machine)
             for event in following:
                 if isinstance(event, SumReady):
                     return self._decode(event)
         raise RoundAborted(f"round {self.plan.round} had been given up before")
+
+    def _end(self, machine: SecAggServer) -> list[Outgoing | SumReady]:
+        """Ends a stage; what is found only then is in what its author signed."""
+        before = set(machine.liars)
+        try:
+            return machine.receive(StageEnded())
+        finally:
+            lies = machine.liars
+            self.tally.accuse({member: lies[member] for member in lies if member not in before})
 
     def _ask(self, machine: SecAggServer, stage: Exchange) -> None:
         """One exchange; what the machine does not accept counts as that member's drop."""

@@ -132,7 +132,8 @@ class AttemptState:
         round: From 1.
         attempt: The newest one that was begun; -1 before the first.
         cohort: Members asked in it, sorted.
-        sitting_out: Members asked to unmask in earlier attempts at this round, sorted.
+        sitting_out: Members asked to unmask in earlier attempts at this round, or that lied in one,
+            sorted.
         asked: Members asked to unmask in this attempt, sorted; empty before that.
         machine: The server's state machine with survivors and masked sum, dumped before anybody is
             asked to unmask; empty before that, and after giving up.

@@ -33,7 +33,8 @@ class HelloDirectory:
     """Asks every node which member it is (`query.hello`) and waits until all are there.
 
     What a node says is only an address: keys, shares and vectors are signed by the member, so a
-    node that lies can stop a member from taking part, and nothing else.
+    node that lies learns nothing. It can keep a member from taking part, and a run from beginning
+    (by claiming a member that another node claims too).
 
     Attributes:
         expected: Members to wait for.

@@ -82,7 +82,7 @@ class Rounds:
                 outcome = self._outcome(attempt, state)
             except RoundAborted as error:
                 tally.aborted.append(str(error))
-                state = self._give_up(state)
+                state = self._give_up(state, tally)
             else:
                 return self._commit(standing, state, attempt.plan, outcome=outcome, tally=tally)
         raise RoundAborted(
@@ -117,8 +117,8 @@ class Rounds:
         if len(eligible) < least:
             raise RoundAborted(
                 f"round {state.round}: {len(eligible)} members may still be asked, {least} are "
-                f"needed; members {', '.join(map(str, out)) or 'none'} were asked to unmask and "
-                "sit out until the model has changed",
+                f"needed; members {', '.join(map(str, out)) or 'none'} were asked to unmask, or "
+                "lied, and sit out until the model has changed",
                 hint="enrol more members, or begin a new run",
             )
         cohort = runtime.cohorts.sample(
@@ -128,10 +128,14 @@ class Rounds:
         runtime.attempts.save(after)
         return after
 
-    def _give_up(self, state: AttemptState) -> AttemptState:
-        """Final: the masked sum is deleted; whoever was asked to unmask is remembered."""
+    def _give_up(self, state: AttemptState, tally: Tally) -> AttemptState:
+        """Final: the masked sum is deleted; whoever was asked to unmask, or lied, is remembered.
+
+        A lie is what its author signed: a reply that came changed on the way is only a drop.
+        """
         stored = self.runtime.attempts.load() or state
-        after = replace(stored, machine=b"")
+        out = tuple(sorted({*stored.sitting_out, *tally.liars}))
+        after = replace(stored, sitting_out=out, machine=b"")
         self.runtime.attempts.save(after)
         return after
 
@@ -250,6 +254,6 @@ def _record(
         value_range=plan.value_range,
         next_range=next_range(plan.value_range, share, total=released, clients=count),
         model_hash=model_hash,
-        liars=outcome.liars,
+        liars={**outcome.liars, **tally.liars},
         aborted=tuple(tally.aborted),
     )

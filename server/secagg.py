@@ -4,10 +4,14 @@ The strategy drives it the same way in every stage: send `pending()`, hand each 
 and when nobody is in `waiting_for` or the time is up, `receive(StageEnded())`.
 
 Guaranteed: the sum is the exact sum over the survivors, or the round is aborted; a client's bad
-input is that client's drop, and is named; it never stops the others. An honest server that runs
-this holds no one's self seed and mask key both, and asks for no secret before it holds the
-signatures of more than (n + c) / 2 of the cohort over one survivor set. A client does not rely on
-any of this: it has floors of its own.
+input that can be seen when it comes is that client's drop, is named, and never stops the others.
+An honest server that runs this holds no one's self seed and mask key both, and asks for no secret
+before it holds the signatures of more than (n + c) / 2 of the cohort over one survivor set. A
+client does not rely on any of this: it has floors of its own.
+
+Not guaranteed: that a round survives what is hidden until the end. A dealer of wrong shares that
+then drops costs the round, and is named; so does a vector that takes a total out of its range, and
+nobody can tell whose it was.
 
 Giving up is final: an aborted machine has forgotten the masked sum and the replies, and everyone
 who was asked to unmask must sit out until the model has changed (rule 5; the strategy's part).

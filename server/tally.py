@@ -19,6 +19,7 @@ class Tally:
         self.bytes_down = 0
         self.attempt = 0
         self.aborted: list[str] = []
+        self.liars: dict[int, str] = {}
         self.faults: dict[Stage, dict[int, Fault]] = {}
         self.stages: list[tuple[int, str, float]] = []
 
@@ -62,6 +63,10 @@ class Tally:
         seen = self.faults.setdefault(stage, {})
         seen.update({member: Fault("malformed", faults[member]) for member in members})
 
+    def accuse(self, liars: Mapping[int, str]) -> None:
+        """Adds members that signed what is not so, over all attempts: the first lie is told."""
+        self.liars = {**liars, **self.liars}
+
     @property
     def drops(self) -> dict[str, tuple[int, ...]]:
         """Stage: members without a usable reply in it, in the newest attempt."""
@@ -74,5 +79,6 @@ class Tally:
             for stage, seen in self.faults.items()
             for member, fault in sorted(seen.items())
         ]
+        rows += [f"member {member} {lie}" for member, lie in sorted(self.liars.items())]
         more = [f"and {len(rows) - most} more"] if len(rows) > most else []
         return "; ".join(rows[:most] + more) or "nobody was missing"

@@ -1,7 +1,7 @@
 """Whole rounds over our own Grid: real protocol, real messages, made-up training."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
+from fedoppu.client import secagg
+from fedoppu.client.dealing import Secrets, deal
 from fedoppu.client.jobs import ClientFailure, LocalUpdate
 from fedoppu.client.release import release
+from fedoppu.common.cohort import Cohort
 from fedoppu.common.config import Aggregation, ResearchSettings
 from fedoppu.common.errors import ClientFailed, RoundAborted
 from fedoppu.common.quantization import decode_sum
 from fedoppu.common.rounds import RoundPlan
 from fedoppu.common.shared_adapter import initial_shared, travelling
+from fedoppu.common.signing import Identity
 from fedoppu.server.checkpoint import AttemptState
 from fedoppu.server.exchange import Exchanger
 from fedoppu.server.metrics import RoundRecord, RoundTiming
@@ -34,6 +38,8 @@ from tests.fake_federation import (
     made_up,
     shared_config,
 )
+
+Entropy = Callable[[str, int], bytes]
 
 
 class Wrapped:
@@ -297,6 +303,31 @@ def test_members_asked_to_unmask_sit_out_until_the_model_changes(tmp_path: Path)
     asked = set(range(8)) - set(first.cohort)
     assert len(asked) == 4
     assert set(second.cohort) & asked
+
+
+def test_dealer_of_wrong_shares_is_named_and_sits_out_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shares are seen to be wrong only when it has dropped: the attempt is lost."""
+
+    def lie(cohort: Cohort, identity: Identity, secrets: Secrets, *, entropy: Entropy) -> Any:
+        mask = bytearray(b"\x05" * 32) if identity.member == 3 else secrets.mask
+        return deal(cohort, identity, replace(secrets, mask=mask), entropy=entropy)
+
+    monkeypatch.setattr(secagg, "deal", lie)
+    config = replace(CONFIG, rounds=1, cohort=8)
+    made = federation(
+        tmp_path, config, members=16, executor=fail_member(3), tolerate_failures=True, seed=5
+    )
+    made.run()
+    (record,) = made.records
+    assert record.attempt == 1
+    assert record.aborted == (
+        "round 1 attempt 0 ended in query.unmask: the secrets of members [3] are lost",
+    )
+    assert record.liars == {3: "dealt shares that restore no secret of its advert"}
+    assert 3 not in record.cohort
+    assert len(record.cohort) == 8  # all that are left: 7 were asked to unmask, one lied
 
 
 def test_too_few_left_to_ask_says_who_sits_out(tmp_path: Path) -> None:
