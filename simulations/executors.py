@@ -88,6 +88,7 @@ class Workforce:
     def __init__(self, workers: int) -> None:
         """Start nothing yet; with one worker everything happens in this process."""
         self._workers = workers
+        self._strangers = multiprocessing.active_children()
         context = multiprocessing.get_context("spawn")
         self._pool = (
             ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_process)
@@ -109,9 +110,14 @@ class Workforce:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """End the processes; after an error, without waiting for work under way."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=error is None, cancel_futures=True)
+        """End the processes; after an error or Ctrl-C at once, whatever they are at."""
+        if self._pool is None:
+            return
+        if error is not None:
+            for process in multiprocessing.active_children():
+                if process not in self._strangers:
+                    process.terminate()
+        self._pool.shutdown(wait=error is None, cancel_futures=True)
 
 
 def _prepare_process() -> None:

@@ -1,7 +1,9 @@
 """Groups are worked on in order, wherever; a worker process that dies ends the run with a remedy."""
 
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -170,3 +172,27 @@ def test_worker_processes_rebuild_the_worker_and_leave_errors_whole(spec: Worker
 def test_a_worker_process_that_is_killed_ends_the_run_with_a_remedy(spec: WorkerSpec) -> None:
     with Workforce(2) as workforce, pytest.raises(ClientFailed, match="worker process died"):
         list(workforce.executor(spec).map(dies, range(4)))
+
+
+def sleeps(worker: Worker, group: int) -> int:
+    if group:
+        time.sleep(120)
+    return group
+
+
+def interrupted(spec: WorkerSpec) -> None:
+    with Workforce(2) as workforce:
+        next(workforce.executor(spec).map(sleeps, range(4)))
+        raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_an_interruption_does_not_wait_for_work_under_way(spec: WorkerSpec) -> None:
+    before, begun = multiprocessing.active_children(), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(spec)
+    for process in multiprocessing.active_children():
+        if process not in before:
+            process.join(60)
+    assert time.monotonic() - begun < 100
+    assert set(multiprocessing.active_children()) <= set(before)
