@@ -39,6 +39,8 @@ def dequantized(file: Path) -> Path:
 
 
 def _digest(file: Path) -> str:
+    if not file.is_file():
+        raise BaseModelError(f"{file} is not a GGUF file: it is a folder")
     with file.open("rb") as stream:
         if stream.read(len(MAGIC)) != MAGIC:
             raise BaseModelError(f"{file} is not a GGUF file: it does not start with GGUF")

@@ -168,9 +168,12 @@ def load_base(facts: BaseFacts, *, dtype: Dtype = "float32") -> LoadedBase:
                 local_files_only=True,
                 attn_implementation=ATTENTION[dtype],
             )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BaseModelError(f"base {facts.name} cannot be loaded: {reason}") from error
+    except Exception as error:  # transformers raises many kinds for what it cannot read
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise BaseModelError(
+            f"base {facts.name} cannot be loaded: {reason}",
+            hint="its files must be those of one model, as save_pretrained writes them",
+        ) from error
     model.requires_grad_(False).train(False)
     return LoadedBase(facts, model, BaseTokenizer(tokenizer, name=facts.name))
 

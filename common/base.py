@@ -69,9 +69,19 @@ def read_base(path: Path, *, name: str = "", hash_of: Path | None = None) -> Bas
         path,
         digest,
         count,
-        int(config.get("max_position_embeddings", 1024)),
+        _max_tokens(config, path),
         linear,
     )
+
+
+def _max_tokens(config: Mapping[str, Any], path: Path) -> int:
+    value = config.get("max_position_embeddings", 1024)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BaseModelError(
+            f"{path / 'config.json'}: max_position_embeddings must be a positive whole number, "
+            f"got {value!r}"
+        )
+    return value
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ OmegaConf leaves this module.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -16,23 +16,36 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from fedoppu.common.errors import UsageError
+from fedoppu.common.setting_checks import INTERPOLATION, check_settings
 
 Aggregation = Literal["ffa", "fedavg", "alternating"]
 Examples = Literal["queries", "history", "both"]
 ProfileKind = Literal["none", "template", "llm"]
+Settings = dict[str, Any]
 T = TypeVar("T")
+INFINITE = float("inf")
 TASKS = ("LaMP_1", "LaMP_2N", "LaMP_2M", "LaMP_3", "LaMP_4", "LaMP_5", "LaMP_7")
 
 
-def require(name: str, value: float | None, low: float, high: float = float("inf")) -> None:
-    """Checks low <= value <= high; None passes.
+def require(name: str, value: float | None, low: float, high: float = INFINITE) -> None:
+    """Checks low <= value <= high, and that it is finite; None passes.
 
     Raises:
         UsageError: The value is out of the range; the message names it and the bound.
     """
-    if value is not None and not low <= value <= high:
-        bound = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
-        raise UsageError(f"{name} must be {bound}, got {value:g}")
+    if value is None or (low <= value <= high and value != INFINITE):
+        return
+    bound = f"at least {low:g}" if high == INFINITE else f"between {low:g} and {high:g}"
+    finite = "finite and " if value == high == INFINITE else ""
+    raise UsageError(f"{name} must be {finite}{bound}, got {value}")
+
+
+def _require_different(name: str, values: Sequence[object]) -> None:
+    given = [str(value) for value in values]
+    if not given or len(set(given)) < len(given):
+        raise UsageError(
+            f"{name} must be one value or several different ones, got {', '.join(given) or 'nothing'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -312,6 +325,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        for name in ("task", "k", "profile", "arms"):
+            _require_different(name, getattr(self, name))
         for task in self.task:
             if task not in TASKS:
                 raise UsageError(f"task must be one of {', '.join(TASKS)}, got {task}")
@@ -376,7 +391,10 @@ class FederationConfig:
         Raises:
             UsageError: A key is unknown, missing or out of range.
         """
-        return _build(cls, [OmegaConf.create(json.loads(data))])
+        values = json.loads(data)
+        if INTERPOLATION in str(values):  # it would read the environment of whoever gets the bytes
+            raise UsageError(f"a federation's config takes no {INTERPOLATION}...}}")
+        return _build(cls, [values])
 
 
 def load_run_config(overrides: Iterable[str] = (), file: Path | None = None) -> RunConfig:
@@ -390,58 +408,61 @@ def load_run_config(overrides: Iterable[str] = (), file: Path | None = None) -> 
         UsageError: A key names no field (the message suggests the nearest), or a value has the wrong type or range.
     """
     layers = [_read_yaml(file)] if file else []
-    return _build(RunConfig, [_as_meant(layer) for layer in [*layers, _dotlist(overrides)]])
+    meant = [_as_meant(RunConfig, layer) for layer in [*layers, _dotlist(overrides)]]
+    for layer in meant:
+        check_settings(RunConfig, layer)
+    return _build(RunConfig, meant)
 
 
-def _dotlist(overrides: Iterable[str]) -> DictConfig:
+def _dotlist(overrides: Iterable[str]) -> Settings:
     items = list(overrides)
     for item in items:
         if "=" not in item or item.startswith("="):
-            raise UsageError(f"settings are key=value, got {item!r}")
-    try:
-        return OmegaConf.from_dotlist(items)
-    except Exception as error:
-        raise UsageError(f"settings cannot be read: {_first_line(error)}") from None
+            raise UsageError(
+                f"settings are key=value, got {item!r}", hint="no spaces around the equals sign"
+            )
+        try:
+            OmegaConf.from_dotlist([item])
+        except Exception as error:
+            raise UsageError(f"the setting {item} cannot be read: {_one_line(error)}") from None
+    return _plain(OmegaConf.from_dotlist(items))
 
 
-def _read_yaml(file: Path) -> DictConfig:
+def _read_yaml(file: Path) -> Settings:
     try:
         loaded = OmegaConf.load(file)
-    except FileNotFoundError:
-        raise UsageError(f"there is no configuration file {file}") from None
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        problem = "there is no configuration file" if missing else "cannot read configuration file"
+        raise UsageError(f"{problem} {file}" + ("" if missing else f": {error.strerror}")) from None
     except Exception as error:
-        raise UsageError(f"{file} is not YAML: {_first_line(error)}") from None
+        raise UsageError(f"{file} is not YAML: {_one_line(error)}") from None
     if not isinstance(loaded, DictConfig):
         raise UsageError(f"{file} must hold keys and values")
-    return loaded
+    return _plain(loaded)
 
 
-def _as_meant(layer: DictConfig) -> DictConfig:
+def _plain(layer: DictConfig) -> Settings:
+    return cast(Settings, OmegaConf.to_container(layer, resolve=False))
+
+
+def _as_meant(schema: type, values: Settings) -> Settings:
     """Turns "0,2" and single values into lists where the schema wants a tuple, and YAML's null into a name."""
-    if "population" in layer and layer["population"] is None:
-        layer["population"] = "null"  # the population of that name; nothing is none
-    for path in _tuple_paths(RunConfig):
-        value = OmegaConf.select(layer, path)
-        if isinstance(value, str):
-            parts: list[Any] = [part.strip() for part in value.split(",") if part.strip()]
-            OmegaConf.update(layer, path, parts)
-        elif isinstance(value, int | float):
-            OmegaConf.update(layer, path, [value])
-    return layer
-
-
-def _tuple_paths(schema: type, prefix: str = "") -> list[str]:
-    paths: list[str] = []
+    meant = dict(values)
     for item in fields(schema):
-        kind = cast(Any, item.type)
-        if is_dataclass(kind):
-            paths += _tuple_paths(cast(type, kind), f"{prefix}{item.name}.")
-        elif "tuple" in str(kind):
-            paths.append(prefix + item.name)
-    return paths
+        kind, value = cast(Any, item.type), values.get(item.name)
+        if is_dataclass(kind) and isinstance(value, dict):
+            meant[item.name] = _as_meant(cast(type, kind), value)
+        elif "tuple" in str(kind) and isinstance(value, str):
+            meant[item.name] = [part.strip() for part in value.split(",") if part.strip()]
+        elif "tuple" in str(kind) and isinstance(value, int | float):
+            meant[item.name] = [value]
+        elif item.name == "population" and item.name in values and value is None:
+            meant[item.name] = "null"  # the population of that name; nothing is none
+    return meant
 
 
-def _build(schema: type[T], layers: list[Any]) -> T:
+def _build(schema: type[T], layers: list[Settings]) -> T:
     try:
         return cast(T, OmegaConf.to_object(OmegaConf.merge(schema, *layers)))
     except ConfigKeyError as error:
@@ -449,6 +470,11 @@ def _build(schema: type[T], layers: list[Any]) -> T:
     except OmegaConfBaseException as error:
         path = f"{error.full_key}: " if error.full_key else ""
         raise UsageError(f"{path}{_first_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    """Of a YAML error, whose line and column are in its middle."""
+    return " ".join(str(error).split())[:300]
 
 
 def _first_line(error: Exception) -> str:

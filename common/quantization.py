@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fedoppu.common.config import require
+from fedoppu.common.config import EncodingSettings, require
 from fedoppu.common.errors import RoundAborted, UsageError
 from fedoppu.common.masking import random_words
 from fedoppu.common.rounds import RoundPlan, Words
@@ -105,7 +105,7 @@ class DecodedSum:
     clipped: int
 
 
-def require_no_overflow(plan: RoundPlan, members: int) -> None:
+def require_no_overflow(plan: RoundPlan | EncodingSettings, members: int) -> None:
     """Checks that the sum of `members` vectors stays below 2^word_bits in each element.
 
     Raises:

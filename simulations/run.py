@@ -73,7 +73,9 @@ def _checked(run: RunConfig) -> BaseFacts:
         )
     base = resolve_base(run.base)
     for task in run.task:
-        probe = federation(run, base, task=task, k=0, profile="none", base_users=2, seed=run.seed)
+        probe = federation(
+            run, base, task=task, k=0, profile="none", base_users=run.base_users, seed=run.seed
+        )
         SharedPhase.check(probe, base, personal_settings(run, base, task))
     return base
 
@@ -81,8 +83,9 @@ def _checked(run: RunConfig) -> BaseFacts:
 def _open_folder(run: RunConfig) -> Path:
     folder = Path(run.out or f"runs/{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}")
     if (folder / "config.yaml").exists():
+        done = (folder / "report.html").exists()
         raise UsageError(
-            f"{folder} holds a run already",
+            f"{folder} holds a run already" + ("" if done else ", which did not end"),
             hint="set out=FOLDER to another folder, or delete this one",
         )
     try:
@@ -126,6 +129,8 @@ def _phases(
                         base_users=len(users.base),
                         seed=seed,
                     )
+                    # on data there may be fewer base users than were asked for
+                    SharedPhase.check(config, base, personal_settings(run, base, task))
                     yield SharedPhase(run, base, config, seed, users, home / f"k{k}-{profile}")
 
 

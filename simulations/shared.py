@@ -10,7 +10,9 @@ from fedoppu.common.base import BaseFacts
 from fedoppu.common.config import FederationConfig, PersonalSettings, RunConfig
 from fedoppu.common.defaults import personal_settings
 from fedoppu.common.errors import ClientFailed
+from fedoppu.common.quantization import require_no_overflow
 from fedoppu.common.randomness import Randomness
+from fedoppu.common.thresholds import plan_thresholds
 from fedoppu.server.app import run_rounds
 from fedoppu.server.metrics import RoundRecord, RoundTiming
 from fedoppu.server.runtime import ServerRuntime
@@ -78,11 +80,15 @@ class SharedPhase:
 
     @staticmethod
     def check(config: FederationConfig, base: BaseFacts, personal: PersonalSettings) -> None:
-        """Checks that the base has the modules that both adapters name.
+        """Checks what would otherwise be found when users are there and a round begins.
 
         Raises:
-            BaseModelError: It has not; the message lists those that it has.
+            UsageError: No cohort can hold the thresholds, or its sum overflows the words.
+            BaseModelError: The base lacks a module that an adapter names; the message lists its own.
         """
+        if config.rounds:
+            plan_thresholds(config.cohort, config.thresholds)
+            require_no_overflow(config.encoding, config.cohort)
         for settings in (config.shared.adapter, personal.adapter):
             targets = settings.targets or ()
             AdapterSpec.from_base(base, targets, rank=settings.rank, alpha=settings.alpha)

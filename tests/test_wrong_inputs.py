@@ -1,0 +1,161 @@
+"""What a person may get wrong: each mistake is one line with the key, what it takes and what it got."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+
+from fedoppu.client.model import POCKET, load_base, resolve_base
+from fedoppu.common.config import FederationConfig, RunConfig, load_run_config
+from fedoppu.common.errors import BaseModelError, UsageError
+from fedoppu.common.setting_checks import check_settings
+from tests.small_run import LEAST, command
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("k=", "k must be a whole number, or several with commas between, got nothing"),
+        ("k=a", "k must be a whole number, or several with commas between, got a"),
+        ("k=[[0]]", "k must be a whole number, or several with commas between, got 0"),
+        ("k={a: 1}", "k must be a whole number, or several with commas between, got {'a': 1}"),
+        ("k=0,0", "k must be one value or several different ones, got 0, 0"),
+        ("task=[]", "task must be one value or several different ones, got nothing"),
+        ("profile=temp", "profile must be one of none, template, llm, or several .*got temp"),
+        ("users=", "users must be a whole number, got nothing"),
+        ("users=1e3", "users must be a whole number, got 1000.0"),
+        ("users.x=3", "users must be a whole number, got {'x': 3}"),
+        ("rounds=x", "rounds must be a whole number or null, got x"),
+        ("confidence=x", "confidence must be a number, got x"),
+        ("data=[a,b]", "data must be text or null, got a, b"),
+        ("research.plain_updates=maybe", "plain_updates must be true or false, got maybe"),
+        ("engine=ray", "engine must be one of local, flower, got ray"),
+        ("personal.adapter.rank=0", "^personal.adapter.rank must be at least 1, got 0"),
+        ("shared.adapter.alpha=inf", "^shared.adapter.alpha must be finite and at least"),
+        ("shared.adapter=4", "shared.adapter holds settings and takes no value of its own, got 4"),
+        ("rank=3", "Did you mean: 'shared.adapter.rank' or 'personal.adapter.rank'"),
+        ("USERS=3", "Did you mean: 'users'"),
+        ("out=${oc.env:HOME}", r"out takes no \$\{...\}"),
+        ("task={a", "the setting task={a cannot be read: "),
+        ("é=1", "^unknown key: é$"),
+    ],
+)
+def test_a_setting_names_its_whole_key_what_it_takes_and_what_it_got(
+    setting: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_run_config([setting])
+
+
+def test_a_value_is_judged_with_the_settings_beside_it() -> None:
+    run = load_run_config(["encoding.word_bits=16", "encoding.level_bits=12"])
+    assert (run.encoding.word_bits, run.encoding.level_bits) == (16, 12)
+    with pytest.raises(UsageError, match="level_bits must be between 2 and 14, got 20"):
+        load_run_config(["encoding.word_bits=16", "encoding.level_bits=20"])
+
+
+def test_a_wrong_value_in_the_file_is_told_although_the_command_line_wins(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("users: many\n")
+    with pytest.raises(UsageError, match="users must be a whole number, got many"):
+        load_run_config(["users=3"], tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("users: 3\nusers: 4\n", "found duplicate key users in .*line 2"),
+        ("users:\t3\n\tk: 0\n", "found a tab character .*line 2"),
+        ("shared.adapter.rank: 2\n", "shared.adapter.rank: in a file, keys with dots are nested"),
+        (
+            "shared: {adapter: {rnk: 2}}\n",
+            "unknown key: shared.adapter.rnk. .*'shared.adapter.rank'",
+        ),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_with_its_place(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message) as caught:
+        load_run_config(file=tmp_path / "bad.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_no_configuration_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot read configuration file .*: Is a directory"):
+        load_run_config(file=tmp_path)
+
+
+def test_bytes_that_are_no_text_are_no_configuration(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(b"users: \xff")
+    with pytest.raises(UsageError, match=r"is not YAML: .*can't decode byte 0xff"):
+        load_run_config(file=tmp_path / "bad.yaml")
+
+
+def test_all_defaults_pass_the_checks_one_by_one() -> None:
+    check_settings(RunConfig, {"users": 3, "shared": {"adapter": {"rank": 2}}})
+
+
+def test_a_federations_bytes_cannot_read_the_environment() -> None:
+    with pytest.raises(UsageError, match=r"a federation's config takes no \$\{...\}"):
+        FederationConfig.from_canonical(json.dumps({"task": "${oc.env:HOME}"}).encode())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["thresholds.floor=20"], "needs thresholds.floor .* = 20 members, got 3"),
+        (["thresholds.corrupt=5"], "needs thresholds.floor .* = 7 members, got 3"),
+        (
+            ["encoding.word_bits=16", "encoding.level_bits=12", "base_users=20", "cohort=20"],
+            "20 members with 12-bit levels overflow 16-bit words",
+        ),
+    ],
+)
+def test_a_cohort_that_cannot_be_is_found_before_anything_is_written(
+    tmp_path: Path, settings: list[str], message: str
+) -> None:
+    asked = ["rounds=1", "base_users=4", "cohort=3", f"out={tmp_path / 'run'}", *settings]
+    ended = command(*LEAST, *asked)
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith("error: ")
+    assert not (tmp_path / "run").exists()
+
+
+def _change_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (
+            lambda folder: _change_config(folder, max_position_embeddings="lots"),
+            "config.json: max_position_embeddings must be a positive whole number, got 'lots'",
+        ),
+        (lambda folder: _change_config(folder, hidden_size=64), "cannot be loaded: RuntimeError"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded: KeyError"),
+    ],
+)
+def test_a_folder_that_is_not_one_model_is_no_base(
+    tmp_path: Path, break_it: Callable[[Path], object], message: str
+) -> None:
+    folder = copytree(POCKET, tmp_path / "broken")
+    break_it(folder)
+    with pytest.raises(BaseModelError, match=message):
+        load_base(resolve_base(str(folder)))
+
+
+def test_a_folder_named_like_a_gguf_file_is_no_base(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").mkdir()
+    with pytest.raises(BaseModelError, match="is not a GGUF file: it is a folder"):
+        resolve_base(str(tmp_path / "model.gguf"))
+
+
+def test_a_run_that_did_not_end_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    ended = command(*LEAST, f"out={tmp_path}")
+    assert (ended.exit_code, "holds a run already, which did not end" in ended.stderr) == (2, True)
