@@ -169,9 +169,9 @@ def load_base(facts: BaseFacts, *, dtype: Dtype = "float32") -> LoadedBase:
                 attn_implementation=ATTENTION[dtype],
             )
     except Exception as error:  # transformers raises many kinds for what it cannot read
-        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
         raise BaseModelError(
-            f"base {facts.name} cannot be loaded: {reason}",
+            f"base {facts.name} cannot be loaded: {type(error).__name__}: {reason}",
             hint="its files must be those of one model, as save_pretrained writes them",
         ) from error
     model.requires_grad_(False).train(False)

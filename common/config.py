@@ -35,7 +35,7 @@ def require(name: str, value: float | None, low: float, high: float = INFINITE) 
     """
     if value is None or (low <= value <= high and value != INFINITE):
         return
-    bound = f"at least {low:g}" if high == INFINITE else f"between {low:g} and {high:g}"
+    bound = f"at least {low:g}" if high == INFINITE else f"between {low:g} and {high:.9g}"
     finite = "finite and " if value == high == INFINITE else ""
     raise UsageError(f"{name} must be {finite}{bound}, got {value}")
 
@@ -64,7 +64,7 @@ class AdapterSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        require("adapter.rank", self.rank, 1)
+        require("adapter.rank", self.rank, 1, 4096)
         require("adapter.alpha", self.alpha, 1e-6)
 
 
@@ -330,8 +330,11 @@ class RunConfig:
         for task in self.task:
             if task not in TASKS:
                 raise UsageError(f"task must be one of {', '.join(TASKS)}, got {task}")
-        for name in ("users", "queries", "seeds", "workers", "threads", "group_users", "resamples"):
+        for name in ("users", "queries", "seeds", "group_users"):
             require(name, getattr(self, name), 1)
+        for name in ("workers", "threads"):
+            require(name, getattr(self, name), 1, 256)
+        require("resamples", self.resamples, 1, 1_000_000)
         require("base_users", self.base_users, 2)
         require("cohort", self.cohort, 2)
         require("rounds", self.rounds, 0)

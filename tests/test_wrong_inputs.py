@@ -7,9 +7,10 @@ from shutil import copytree
 
 import pytest
 
+from fedoppu.client.importers.lamp import read_oppu
 from fedoppu.client.model import POCKET, load_base, resolve_base
 from fedoppu.common.config import FederationConfig, RunConfig, load_run_config
-from fedoppu.common.errors import BaseModelError, UsageError
+from fedoppu.common.errors import BaseModelError, DataError, UsageError
 from fedoppu.common.setting_checks import check_settings
 from tests.small_run import LEAST, command
 
@@ -34,6 +35,8 @@ from tests.small_run import LEAST, command
         ("engine=ray", "engine must be one of local, flower, got ray"),
         ("personal.adapter.rank=0", "^personal.adapter.rank must be at least 1, got 0"),
         ("shared.adapter.alpha=inf", "^shared.adapter.alpha must be finite and at least"),
+        ("threads=100000", "threads must be between 1 and 256, got 100000"),
+        ("resamples=1000001", "resamples must be between 1 and 1000000, got 1000001"),
         ("shared.adapter=4", "shared.adapter holds settings and takes no value of its own, got 4"),
         ("rank=3", "Did you mean: 'shared.adapter.rank' or 'personal.adapter.rank'"),
         ("USERS=3", "Did you mean: 'users'"),
@@ -159,3 +162,17 @@ def test_a_run_that_did_not_end_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     ended = command(*LEAST, f"out={tmp_path}")
     assert (ended.exit_code, "holds a run already, which did not end" in ended.stderr) == (2, True)
+
+
+def test_half_a_surrogate_pair_in_the_data_is_told_with_its_place(tmp_path: Path) -> None:
+    asked = (
+        "What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3,"
+    )
+    record = {
+        "user_id": "1",
+        "profile": [{"id": "10", "text": "cut \ud83d", "score": "4"}],
+        "query": [{"id": "11", "input": f"{asked} 4, or 5. review: dull", "gold": "2"}],
+    }
+    (tmp_path / "users.json").write_text(json.dumps([record]))
+    with pytest.raises(DataError, match="id 10: field text: holds half of a surrogate pair"):
+        read_oppu(tmp_path / "users.json", task="LaMP_3")

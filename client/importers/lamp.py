@@ -34,6 +34,7 @@ KNOWN_BAD = (("dev_questions.json", "110"),)
 SOURCE = "lamp"
 PARTS = ("dev", "train")
 OPPU_FILES = ("user_top_100_history.json", "user_others.json")
+_HALF = re.compile(r"[\ud800-\udfff]")  # JSON may write one; UTF-8 and tokenizers have none
 _DATE = re.compile(r"\d{1,4}(-\d{1,2}){0,2}")
 
 
@@ -345,6 +346,8 @@ def _text(raw: Mapping[str, Any], name: str, place: _Place) -> str:
     """A value as a string: numbers are written out, 5.0 as "5"."""
     value = raw.get(name)
     if isinstance(value, str):
+        if not value.isascii() and _HALF.search(value):
+            raise place.error(f"field {name}: holds half of a surrogate pair, which is no text")
         return value
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() else str(value)
