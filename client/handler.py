@@ -2,6 +2,8 @@
 
 Guarantee: nothing is answered unless plan, config, base and model fit what this client pinned and
 derives itself, and its policy allows it; and each answer is stored before it is returned.
+The caller's part: one message of a member at a time. A second one during training finds that it was
+overtaken, and neither is answered twice; between two quick steps only the caller can see to that.
 """
 
 import hashlib
@@ -155,6 +157,7 @@ class Handler:
         self.seat.require_pinned(opening.config)
         self.seat.require_unanswered(config.task, plan)
         self._drop("query.keys", plan)
+        stored = self.seat.machine
         last = self.seat.last_in(plan.run_id) or self.seat.last or _before_first(config)
         machine = SecAggClient(
             self.runtime.identity,
@@ -164,27 +167,27 @@ class Handler:
         )
         advert = _only(machine.receive(opening.event))
         self.seat.pin(opening.config)  # not before: a refused plan pins nothing
-        self._save(machine)
+        self._save(machine, over=stored)
         return advert
 
     def _train(self, training: Training) -> ClientEvent:
-        machine, config = self._machine(), self._config()
+        stored, machine, config = self.seat.machine, self._machine(), self._config()
         plan = machine.plan
         machine.receive(training.event)
         self._drop("train.masked", plan)
         words = release(self._update(plan, config, training.model), plan, self.runtime.dither)
         masked = _only(machine.receive(UpdateReady(words)))
-        self._save(machine)
+        self._save(machine, over=stored)
         return masked
 
     def _step(self, stage: Stage, request: Request) -> ClientEvent:
         """The exchanges that need nothing but the state machine."""
-        machine = self._machine()
+        stored, machine = self.seat.machine, self._machine()
         self._drop(stage, machine.plan)
         if isinstance(request, Opening | Training | PlainTraining):
             raise ProtocolError(f"{stage} carries a message of another stage")
         events = machine.receive(request)
-        self._save(machine)
+        self._save(machine, over=stored)
         if machine.phase is Phase.DONE:
             self.seat.finish(self._config().task, machine.plan)
         if not events:
@@ -223,7 +226,14 @@ class Handler:
             keys=self.runtime.keys,
         )
 
-    def _save(self, machine: SecAggClient) -> None:
+    def _save(self, machine: SecAggClient, *, over: bytes | None) -> None:
+        """Stores the machine over the state that it came from, and over no other."""
+        if self.seat.machine != over:
+            machine.erase()
+            raise ProtocolError(
+                "another message was answered meanwhile: a server sends the next one when it has "
+                "the reply to the last"
+            )
         self.seat.save(machine.dump(), machine.last_round)
 
     def _config(self) -> FederationConfig:

@@ -10,11 +10,11 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedoppu.client.app import build_client_app, place
-from fedoppu.client.handler import MemberRuntime
+from fedoppu.client.handler import Handler, MemberRuntime
 from fedoppu.client.jobs import ClientFailure
 from fedoppu.client.seat import Seat
 from fedoppu.common.config import ResearchSettings
-from fedoppu.common.errors import ClientFailed
+from fedoppu.common.errors import ClientFailed, ProtocolError
 from fedoppu.common.messages import (
     Opening,
     PlainTraining,
@@ -250,6 +250,50 @@ def test_refused_plan_pins_no_config(tmp_path: Path) -> None:
     plan = replace(plan_for(made), config_hash=other.hash().hex(), value_range=50.0)
     assert "value_range" in refusal(ask(made, "query.keys", opening(made, plan, other.canonical())))
     assert not ask(made, "query.keys", opening(made)).has_error()
+
+
+class Stopped(Exception):
+    """The server is gone."""
+
+
+def training_of_member_zero(tmp_path: Path) -> tuple[Federation, RecordDict]:
+    """A federation in which training was about to be asked for, and what was to be sent."""
+    captured: list[RecordDict] = []
+
+    def capture(content: RecordDict) -> RecordDict:
+        captured.append(content)
+        raise Stopped
+
+    config = replace(CONFIG, rounds=1, cohort=8)
+    made = federation(tmp_path, config, wrap_grid=meddle("train.masked", capture))
+    with pytest.raises(Stopped):
+        made.run()
+    return made, captured[0]
+
+
+class Overtaken:
+    """A member in whose training another message is answered."""
+
+    def __init__(self, inner: Any, content: RecordDict) -> None:
+        self.inner, self.content = inner, content
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def update(self, *arguments: Any) -> Any:
+        Handler(self.inner).answer("train.masked", self.content)
+        return self.inner.update(*arguments)
+
+
+def test_message_that_another_overtook_is_not_answered(tmp_path: Path) -> None:
+    """Else a long training would bring back a state whose secrets were revealed meanwhile."""
+    made, content = training_of_member_zero(tmp_path)
+    member = made.users.member(context(made, 0))
+    with pytest.raises(ProtocolError, match="another message was answered meanwhile"):
+        Handler(Overtaken(member, content)).answer("train.masked", content)
+    assert [sent.kind for sent in made.users.outbox(0).sent].count("train.masked") == 1
+    first = Handler(member).answer("train.masked", content)
+    assert pack(first) == pack(Handler(member).answer("train.masked", content))
 
 
 def test_member_outside_the_survivor_set_takes_no_more_part(tmp_path: Path) -> None:
