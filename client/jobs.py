@@ -1,7 +1,7 @@
 """What the trainer is asked and what it answers: plain data, the same for both phases and every baseline.
 
-None of these types has a wire form. Only the round handler makes a `LocalUpdate` of a `TrainedAdapter`, and only
-`client/release.py` turns that into something that can be sent.
+None of these types has a wire form. Only a member's runtime makes a `LocalUpdate` of a `TrainedAdapter`, and only
+`client/release.py` turns that into something that can be sent (save for `train.plain`, which is for research only).
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,6 +1,7 @@
 """The one door out: a `LocalUpdate` becomes the integers that are masked.
 
-Nothing else may build a message from model data.
+Nothing else may build a message from model data; the one exception is `train.plain`, research only,
+which takes of this module the clip alone.
 
 The steps, in this order and nothing after them: clip the L2 norm, scale by weight / max_weight,
 clamp to the range, round at random, wrap. A rotation belongs between clip and scale; integer noise

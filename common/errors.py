@@ -7,7 +7,7 @@
     ├── AdapterError            1  an adapter that does not fit the base or the shared adapter under it
     ├── ClientFailed            1  an exception in a client's part of a round
     ├── ProtocolError           1  a peer broke the protocol; names the member and the rule
-    ├── RoundAborted            1  a round that ended without a sum; nothing was revealed
+    ├── RoundAborted            1  a round that changed no model: no sum was made, or it was discarded
     ├── ConnectionFailed        3  connection or authentication
     ├── DeadlineExceeded        4  time-out
     └── RefusedByPolicy         6  a floor or consent of the client's own policy
@@ -66,13 +66,18 @@ class ClientFailed(FedoppuError):
 
 
 class ProtocolError(FedoppuError):
-    """A peer broke the protocol (a remote fault); nothing was revealed."""
+    """A peer broke the protocol (a remote fault); its message is not answered, or not used."""
 
     code = "protocol"
 
 
 class RoundAborted(FedoppuError):
-    """A round that ended without a sum; nothing was revealed."""
+    """A round, or an attempt at one, that changed no model.
+
+    Most end without a sum: too few members were left, or a secret was lost. Shares may have been
+    revealed by then, never of both secrets of one member. A sum whose totals are out of range was
+    unmasked, and is discarded.
+    """
 
     code = "round_aborted"
 

@@ -154,7 +154,7 @@ class UpdateReady:
 
 @dataclass(frozen=True)
 class MaskedUpdate:
-    """Client to server: the only model data on the wire.
+    """Client to server: the only model data that a client sends in a secure round.
 
     Attributes:
         member: The sender.

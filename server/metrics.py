@@ -1,7 +1,9 @@
 """What is recorded of a round: what depends on the settings alone, and apart from it the wall times.
 
-Guarantee: every figure is of the sum, or public; none is of one client. With differential privacy
-only noised values may come in here.
+Guarantee: with secure rounds no figure of an update, a weight or a loss is of one client: each is of
+the sum. Not covered: who was asked, survived, dropped or was at fault, which names members; and
+rounds with plain updates, whose figures are made from single ones. With differential privacy only
+noised values may come in here.
 """
 
 from collections.abc import Mapping, Sequence

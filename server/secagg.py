@@ -193,8 +193,8 @@ class SecAggServer:
         Raises:
             ProtocolError: The event does not belong in this stage (a late answer, for example);
                 nothing has changed.
-            RoundAborted: The stage ended below a threshold; the round is over, nothing was
-                revealed.
+            RoundAborted: The stage ended below a threshold, or a secret is lost; the round is over
+                and no sum was made.
         """
         stage = self.stage
         if isinstance(stage, End):

@@ -5,7 +5,7 @@ trained on as many items pooled from other target users; `personal`, ours. The c
 other users' adapters, each alone, with the own history, profile and retrieval.
 
 Both functions that work on a group are module-level and take plain references, so that any process can run them.
-Nothing of a user is read by another user's job, but for the two controls that are about other users.
+Nothing of a user is read by another user's job, but for the population arm and the wrong-user control.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
