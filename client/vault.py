@@ -56,7 +56,10 @@ class Outbox(Protocol):
     """A record of each message that left this client."""
 
     def append(self, kind: str, size: int, digest: bytes) -> None:
-        """Records a message before it is sent: its stage, its bytes, its SHA-256."""
+        """Records a message before it is sent: its stage, its bytes, its SHA-256.
+
+        An Error is recorded too, as "{stage} error" and by its reason.
+        """
 
 
 class Vault(Protocol):

@@ -2,7 +2,7 @@
 
 Guarantee: what passes has no unknown field, no text, no number that is not finite and no list out
 of order. A fault is always a `ProtocolError` that names the message, the field, the bound and the
-value's kind, and never its content.
+value's kind; of its content it tells a whole number at most.
 """
 
 import math

@@ -157,4 +157,6 @@ def _fault(message: Message) -> Fault:
     error = message.error
     lines = (error.reason or "").splitlines() or ["no reason given"]
     # anything else of Flower's is an exception in the client's app or its process
-    return Fault(_SILENCE.get(error.code, "failed"), lines[0][:300])
+    # the text is a stranger's: no control characters get to a terminal or a log
+    reason = "".join(each for each in lines[0][:300] if each.isprintable())
+    return Fault(_SILENCE.get(error.code, "failed"), reason)

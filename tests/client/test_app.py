@@ -1,5 +1,6 @@
 """What a client takes and what it refuses, message by message."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,7 @@ def test_hello_names_the_member(tmp_path: Path) -> None:
     made = federation(tmp_path)
     reply = ask(made, "query.hello", RecordDict({"event": ConfigRecord()}), member=6)
     assert read_reply("query.hello", reply.content, "node").member == 6
+    assert [sent.kind for sent in made.users.outbox(6).sent] == ["query.hello"]
 
 
 def test_advert_is_repeated_byte_for_byte(tmp_path: Path) -> None:
@@ -164,7 +166,12 @@ def test_triple_is_stored_before_keys_are_sent(tmp_path: Path) -> None:
 def test_message_without_an_attempt_is_refused(
     tmp_path: Path, stage: str, content: RecordDict
 ) -> None:
-    assert "no attempt is under way" in refusal(ask(federation(tmp_path), stage, content))
+    made = federation(tmp_path)
+    reason = refusal(ask(made, stage, content))
+    assert "no attempt is under way" in reason
+    (sent,) = made.users.outbox(0).sent
+    assert (sent.kind, sent.size) == (f"{stage} error", len(reason))
+    assert sent.digest == hashlib.sha256(reason.encode()).hexdigest()
 
 
 def test_message_out_of_order_is_refused(tmp_path: Path) -> None:

@@ -218,6 +218,16 @@ def test_bad_signatures_are_not_counted_and_stop_no_one() -> None:
     assert isinstance(reply, UnmaskReply)
 
 
+def test_signature_of_a_roster_member_outside_the_cohort_is_not_counted() -> None:
+    federation = Federation(6, drops={Exchange.KEYS: frozenset({5})})
+    federation.until(Exchange.CONSISTENCY)
+    signatures = {m: signature_of(federation, m, ALL) for m in (0, 1, 2)}
+    message = survivors_bytes(federation.clients[0]._formed().scope, ALL, ALL)
+    outside = {0: signatures[0], 1: signatures[1], 5: federation.people[5].sign(message)}
+    with pytest.raises(ProtocolError, match="2 members of 5 signed this survivor set, 3 must"):
+        federation.clients[0].receive(UnmaskRequested(outside))
+
+
 def test_second_unmask_is_refused() -> None:
     federation = masked_federation()
     signatures = {m: signature_of(federation, m, ALL) for m in (0, 1, 2)}

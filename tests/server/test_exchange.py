@@ -20,7 +20,7 @@ def answer(message: Message, context: Context) -> Message:
     member = int(context.node_config["partition-id"])
     errors = {
         1: Error(ReplyCode.DROPPED, "simulated"),
-        2: Error(ReplyCode.REFUSED, "RefusedByPolicy: no\nand more"),
+        2: Error(ReplyCode.REFUSED, "RefusedByPolicy: \x1b\u202eno\nand more"),
         3: Error(ReplyCode.FAILED, "KeyError at x.py:1"),
         7: Error(5, "node unavailable"),
         8: Error(2, None),
@@ -55,7 +55,7 @@ def test_every_silence_has_its_kind_and_reason() -> None:
         7: "gone",
         8: "failed",
     }
-    assert answers.faults[2].reason == "RefusedByPolicy: no"
+    assert answers.faults[2].reason == "RefusedByPolicy: no"  # without control characters
     assert answers.faults[5].reason == f"{STAGE} of member 5: names member 0"
     assert answers.faults[6].reason == "KeyError"
     assert answers.faults[8].reason == "no reason given"
