@@ -70,6 +70,13 @@ def test_one_clients_sum_is_its_update() -> None:
     assert np.allclose(decoded.mean_update, 0.1, atol=64 / 16 * PLAN.value_range / 2**15)
 
 
+def test_update_beyond_the_clip_is_released_with_the_norm_of_the_clip() -> None:
+    # each coordinate comes to clip / sqrt(50) = 0.14, within the range: the norm alone is bounded
+    decoded = decode_sum(release(update(30.0), PLAN, ROOT), PLAN, (0,))
+    assert decoded.clipped == 0
+    assert np.linalg.norm(decoded.mean_update) == pytest.approx(PLAN.clip, rel=1e-3)
+
+
 def test_weight_above_the_bound_counts_as_the_bound() -> None:
     decoded = decode_sum(release(update(weight=1000), PLAN, ROOT), PLAN, (0,))
     assert decoded.total_weight == 64

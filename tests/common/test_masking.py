@@ -69,6 +69,13 @@ def test_keys_of_a_pair_are_bound_to_round_cohort_purpose_and_direction() -> Non
     assert len(others) == 5
 
 
+def test_self_masks_are_bound_to_round_cohort_and_member() -> None:
+    scopes = (SCOPE, Scope(b"\x03" * 32, SCOPE.cohort), Scope(SCOPE.context, b"\x03" * 32))
+    keys = {self_mask(key(1), scope, 1).key for scope in scopes}
+    keys |= {self_mask(key(1), SCOPE, 2).key, self_mask(key(2), SCOPE, 1).key}
+    assert len(keys) == 5
+
+
 def test_pairwise_masks_cancel() -> None:
     words = np.arange(1000, dtype=np.uint32)
     ours = KeyAgreement(key(1)).mask(public_key(key(2)), SCOPE, owner=1, other=2)

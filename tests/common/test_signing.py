@@ -75,6 +75,7 @@ def test_every_field_of_every_message_is_signed() -> None:
         masked_bytes(SCOPE, (1, 2), replace(MASKED, words=MASKED.words.view(np.uint16))),
         *(survivors_bytes(scope, (1, 2), (1,)) for scope in (SCOPE, other, elsewhere)),
         survivors_bytes(SCOPE, (1,), (1, 2)),
+        survivors_bytes(SCOPE, (1, 2, 3), (1,)),
         survivors_bytes(SCOPE, (1, 2), (2,)),
         *(reply_bytes(scope, (1,), REPLY) for scope in (SCOPE, other, elsewhere)),
         reply_bytes(SCOPE, (2,), REPLY),
@@ -93,7 +94,8 @@ def test_cohort_hash_covers_signatures_and_not_the_order() -> None:
 
 
 def test_commitments_and_share_hashes_are_bound_to_their_owner() -> None:
-    assert commit_seed(b"c", 1, b"seed") != commit_seed(b"c", 2, b"seed")
+    seeds = ((b"c", 1, b"seed"), (b"c", 2, b"seed"), (b"d", 1, b"seed"), (b"c", 1, b"other"))
+    assert len({commit_seed(*parts) for parts in seeds}) == 4
     hashes = {
         hash_share(SCOPE, "seed", 1, holder=2, share=b"s"),
         hash_share(SCOPE, "key", 1, holder=2, share=b"s"),
