@@ -143,6 +143,27 @@ def test_the_null_population_runs(tmp_path: Path) -> None:
     assert {row["arm"] for row in rows(folder)} == {"shared", "majority"}
 
 
+# --- the claim --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_generated_preferences_are_learned_and_the_gain_is_personal(tmp_path: Path) -> None:
+    """R12 on a reduced size: each interval leaves zero out on the right side.
+
+    personal over wrong user: the gain is the user's own. Its content gain: more than how often the
+    user gives each answer. personal over shared: there is a gain at all.
+    """
+    changes = ("users=12", "base_users=18", "queries=10", "cohort=9", "arms=shared,personal")
+    start = ["task=LaMP_2N,LaMP_3", *changes, "workers=2"]
+    folder = finish(settings(f"out={tmp_path / 'run'}", start=start))
+    lows = {(row["task"], row["arm"], row["metric"]): row["low"] for row in rows(folder)}
+    for task, main in (("LaMP_2N", "accuracy"), ("LaMP_3", "mae")):
+        for metric in (main, "loss", "content_gain", "within_user_auc"):
+            assert lows[task, "personal-wrong_user", metric] > 0
+        for metric in (main, "loss"):
+            assert lows[task, "personal-shared", metric] > 0
+
+
 # --- tasks, data, bases ----------------------------------------------------------------------------
 
 
