@@ -1,20 +1,28 @@
 """How every command ends: one envelope for machines, one line for people, one exit code for both.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 connection or authentication, 4 time-out, 5 a bug of ours, 6 refused by
-policy or consent, 130 interrupted. With `--format json`, standard output holds one JSON object and nothing else:
-`{schema_version, status, data}` or `{schema_version, status, error_code, message, hint}`.
+policy or consent, 130 interrupted, 141 nobody reads the output. With `--format json`, standard output holds one JSON
+object and nothing else: `{schema_version, status, data}` or `{schema_version, status, error_code, message, hint}`.
 """
 
+import errno
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from fedoppu.common.errors import FedoppuError
 
 SCHEMA_VERSION = 1
 Format = Literal["text", "json"]
+# what the machine refuses, whatever the program does
+MACHINE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
+)
+MACHINE_HINT = "free some room, or allow it; fedoppu doctor says what is there"
+MEMORY_HINT = "set fewer users, group_users or workers, or a smaller rank"
 
 
 def run_command(command: Callable[[], dict[str, Any]], output: Format) -> None:
@@ -33,22 +41,32 @@ def run_command(command: Callable[[], dict[str, Any]], output: Format) -> None:
         _fail(output, error.exit_code, error.code, str(error), error.hint)
     except KeyboardInterrupt:
         _fail(output, 130, "interrupted", "interrupted", "")
+    except BrokenPipeError:
+        # whoever read the output has enough of it, as head has; nothing more can be told there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except MemoryError as error:
+        _fail(output, 1, "memory", f"not enough memory: {error}", MEMORY_HINT)
+    except OSError as error:
+        if error.errno not in MACHINE:
+            _bug(output, error)
+        where = f": {error.filename}" if error.filename else ""
+        _fail(output, 1, "machine", f"{error.strerror}{where}", MACHINE_HINT)
     except Exception as error:
-        if output == "text":
-            sys.stderr.write(traceback.format_exc())
-        _fail(
-            output,
-            5,
-            "bug",
-            f"{type(error).__name__}: {error}{_where(error)}",
-            "this is a bug of fedoppu",
-        )
+        _bug(output, error)
     else:
         if output == "json":
             _write({"schema_version": SCHEMA_VERSION, "status": "ok", "data": data})
 
 
-def _fail(output: Format, exit_code: int, code: str, message: str, hint: str) -> None:
+def _bug(output: Format, error: Exception) -> NoReturn:
+    if output == "text":
+        sys.stderr.write(traceback.format_exc())
+    message = f"{type(error).__name__}: {error}{_where(error)}"
+    _fail(output, 5, "bug", message, "this is a bug of fedoppu")
+
+
+def _fail(output: Format, exit_code: int, code: str, message: str, hint: str) -> NoReturn:
     if output == "json":
         body = {"status": "error", "error_code": code, "message": message, "hint": hint}
         _write({"schema_version": SCHEMA_VERSION, **body})

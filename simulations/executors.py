@@ -7,10 +7,12 @@ order, are the same for any number of workers.
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
 from types import TracebackType
 from typing import Protocol, TypeVar
 
@@ -121,6 +123,15 @@ class Workforce:
 
 
 def _prepare_process() -> None:
-    """Leaves Ctrl-C to the parent, and keeps libraries quiet and offline."""
+    """Leaves Ctrl-C to the parent, ends with it, and keeps libraries quiet and offline."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its processes, and they would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)

@@ -1,14 +1,21 @@
 """What a person may get wrong: each mistake is one line with the key, what it takes and what it got."""
 
 import json
+import os
+import re
+import sys
 from collections.abc import Callable
+from errno import EACCES, ENOSPC
 from pathlib import Path
 from shutil import copytree
+from signal import SIGKILL
+from subprocess import PIPE, Popen
 
 import pytest
 
 from fedoppu.client.importers.lamp import read_oppu
 from fedoppu.client.model import POCKET, load_base, resolve_base
+from fedoppu.common.cli import run_command
 from fedoppu.common.config import FederationConfig, RunConfig, load_run_config
 from fedoppu.common.errors import BaseModelError, DataError, UsageError
 from fedoppu.common.setting_checks import check_settings
@@ -176,3 +183,70 @@ def test_half_a_surrogate_pair_in_the_data_is_told_with_its_place(tmp_path: Path
     (tmp_path / "users.json").write_text(json.dumps([record]))
     with pytest.raises(DataError, match="id 10: field text: holds half of a surrogate pair"):
         read_oppu(tmp_path / "users.json", task="LaMP_3")
+
+
+def _ending(error: BaseException) -> Callable[[], dict[str, object]]:
+    def work() -> dict[str, object]:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(ENOSPC, "No space left on device", "run/x"), "machine", "No space .*: run/x"),
+        (PermissionError(EACCES, "Permission denied"), "machine", "Permission denied"),
+        (MemoryError("2 PiB"), "memory", "not enough memory: 2 PiB"),
+    ],
+)
+def test_what_the_machine_refuses_is_no_bug_of_ours(
+    error: BaseException, code: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^1$"):
+        run_command(_ending(error), "json")
+    envelope = json.loads(capsys.readouterr().out)
+    assert envelope["error_code"] == code
+    assert re.fullmatch(message, envelope["message"])
+    assert envelope["hint"]
+
+
+def test_another_system_error_is_still_a_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^5$"):
+        run_command(_ending(FileNotFoundError(2, "No such file", "x")), "json")
+    assert json.loads(capsys.readouterr().out)["error_code"] == "bug"
+
+
+def test_a_reader_that_has_enough_is_not_an_error() -> None:
+    program = (
+        "from fedoppu.common.cli import run_command\n"
+        "run_command(lambda: [print('line', flush=True) for _ in range(10**5)], 'text')"
+    )
+    source = Popen([sys.executable, "-c", program], stdout=PIPE, stderr=PIPE)  # noqa: S603
+    assert source.stdout is not None
+    source.stdout.readline()
+    source.stdout.close()
+    assert source.stderr is not None
+    assert (source.wait(timeout=60), source.stderr.read()) == (141, b"")
+    source.stderr.close()
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(
+        "import os, time\n"
+        "from fedoppu.simulations.executors import _prepare_process\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, get_context('spawn'), _prepare_process)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    parent = Popen([sys.executable, str(tmp_path / "parent.py")], stdout=PIPE)  # noqa: S603
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    os.kill(worker, 0)
+    parent.kill()
+    assert parent.stdout.read() == b""  # ends when nobody holds the pipe, so no worker is left
+    assert parent.wait(timeout=60) == -SIGKILL
+    parent.stdout.close()
