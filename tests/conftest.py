@@ -6,6 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# machines are shared: how long an example takes says nothing; CI draws the same examples each time
+settings.register_profile(
+    "fedoppu",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+)
+settings.load_profile("fedoppu")
 
 os.environ.update(
     FLWR_TELEMETRY_ENABLED="0",
