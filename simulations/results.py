@@ -60,7 +60,7 @@ def report_data(run: RunConfig, table: Table, results: Sequence[FederationResult
         recalls=_recalls(results),
         costs=_costs(results),
         environment=_environment(run),
-        warnings=_warnings(run),
+        warnings=_warnings(run, results),
         confidence=run.confidence,
         plain_updates=run.research.plain_updates,
         generated=run.data is None,
@@ -81,8 +81,13 @@ def _changed(
         if isinstance(value, dict):
             yield from _changed(value, default[key], f"{prefix}{key}.")
         elif value != default[key]:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            yield prefix + key, text
+            yield prefix + key, _as_setting(value)
+
+
+def _as_setting(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_as_setting, value))
+    return "null" if value is None else str(value)
 
 
 def _points(result: FederationResult) -> Iterator[RoundPoint]:
@@ -143,7 +148,19 @@ def _environment(run: RunConfig) -> list[tuple[str, str]]:
     ]
 
 
-def _warnings(run: RunConfig) -> list[str]:
-    if not run.research.plain_updates:
-        return []
-    return ["research.plain_updates was on: the server saw each update in clear."]
+def _warnings(run: RunConfig, results: Sequence[FederationResult]) -> list[str]:
+    users = {result.phase.config.task: result.phase.users for result in results}
+    told = [
+        note for task, own in users.items() if (note := control_note(run, task, len(own.target)))
+    ]
+    if run.research.plain_updates:
+        told.insert(0, "research.plain_updates was on: the server saw each update in clear.")
+    return told
+
+
+def control_note(run: RunConfig, task: str, users: int) -> str:
+    """Why the line of the wrong-user control is empty, or an empty string."""
+    needed = run.personal.wrong_users + 1
+    if users >= needed or not {"all", "personal"} & set(run.arms):
+        return ""
+    return f"{task}: no wrong-user control: {users} target users, {needed} are needed."

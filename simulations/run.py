@@ -34,7 +34,7 @@ from fedoppu.simulations.executors import Workforce
 from fedoppu.simulations.panels import ArmScores
 from fedoppu.simulations.printing import print_table
 from fedoppu.simulations.report import write_report
-from fedoppu.simulations.results import FederationResult, Record, named, report_data
+from fedoppu.simulations.results import FederationResult, Record, control_note, named, report_data
 from fedoppu.simulations.shared import SharedPhase, train_shared
 from fedoppu.simulations.statistics import BootstrapSettings
 from fedoppu.simulations.table import Table, build_table, write_table
@@ -116,7 +116,8 @@ def _phases(
             console.say(
                 f"{task}, seed {seed}: {len(users.target)} target users, {len(users.base)} base users"
             )
-            for note in users.notes:
+            control = control_note(run, task, len(users.target))
+            for note in (*users.notes, *([control] if control else [])):
                 console.say(f"  {note}")
             for k in run.k:
                 for profile in run.profile:

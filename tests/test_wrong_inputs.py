@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from errno import EACCES, ENOSPC
@@ -19,6 +20,7 @@ from fedoppu.common.cli import run_command
 from fedoppu.common.config import FederationConfig, RunConfig, load_run_config
 from fedoppu.common.errors import BaseModelError, DataError, UsageError
 from fedoppu.common.setting_checks import check_settings
+from fedoppu.simulations.results import command_line, control_note
 from tests.small_run import LEAST, command
 
 
@@ -250,3 +252,17 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     assert parent.stdout.read() == b""  # ends when nobody holds the pipe, so no worker is left
     assert parent.wait(timeout=60) == -SIGKILL
     parent.stdout.close()
+
+
+def test_the_command_that_repeats_a_run_writes_null_as_it_is_read() -> None:
+    run = load_run_config(["shared.training.epochs=null", "k=0,2", "research.plain_updates=true"])
+    words = shlex.split(command_line(run))
+    assert words[:2] == ["fedoppu", "simulate"]
+    assert load_run_config(words[2:]) == run
+
+
+@pytest.mark.parametrize(("users", "told"), [(3, True), (4, False)])
+def test_an_empty_wrong_user_control_is_explained(users: int, told: bool) -> None:
+    note = control_note(load_run_config([]), "LaMP_3", users)
+    assert ("3 target users, 4 are needed" in note) is told
+    assert control_note(load_run_config(["arms=base"]), "LaMP_3", users) == ""

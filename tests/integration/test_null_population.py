@@ -60,7 +60,12 @@ def with_queries(user: LampUser) -> LampUser:
 
 
 def write(folder: Path, target: Iterable[LampUser], base: Iterable[LampUser]) -> None:
-    facts: dict[str, object] = {"oracle": [], "recalled": None, "recalled_from_queries": 0, "notes": []}
+    facts: dict[str, object] = {
+        "oracle": [],
+        "recalled": None,
+        "recalled_from_queries": 0,
+        "notes": [],
+    }
     write_users(folder, target, base)
     (folder / FACTS).write_text(json.dumps(facts))
 
