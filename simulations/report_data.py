@@ -177,8 +177,8 @@ def guaranteed(data: ReportData) -> list[str]:
     promises = [
         "The personal phase sends nothing: personal adapters, indexes and profiles stay with "
         "their users.",
-        "The same settings give the same numbers, for any number of worker processes and after "
-        "an interruption.",
+        "The same settings give the same numbers, for any number of worker processes, on the same "
+        "machine and build.",
         "No adapter was trained on a scored query: queries are split off first. The same text may "
         "be in another user's history; on data the recall count says how often.",
     ]
@@ -186,7 +186,8 @@ def guaranteed(data: ReportData) -> list[str]:
         return promises
     masked = (
         "A member's only message with model data is one masked vector of integers: a server that "
-        "follows the protocol learns the sum over a cohort and no member's part of it."
+        "follows the protocol learns of the updates their sum, the total weight, the clamp count "
+        "and the mean held-out loss, and who took part."
     )
     return [masked, *promises]
 
