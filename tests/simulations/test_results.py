@@ -70,7 +70,8 @@ def test_records_get_the_names_of_their_federation() -> None:
 
 def test_the_report_is_told_of_rounds_costs_and_lengths() -> None:
     data = report_data(RunConfig(), Table(()), [result(RunConfig(), GENERATED)])
-    assert (data.generated, data.recalls, data.warnings) == (True, [], [])
+    assert (data.generated, data.recalls) == (True, [])
+    assert data.warnings == ["LaMP_3: no wrong-user control: 2 target users, 4 are needed."]
     point = data.rounds[0]
     assert (point.round, point.asked, point.dropped, point.bytes_up) == (1, 3, 1, 10)
     costs = dict(data.costs)
