@@ -1,16 +1,21 @@
 """How every command ends: one envelope for machines, one line for people, one exit code for both.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 connection or authentication, 4 time-out, 5 a bug of ours, 6 refused by
-policy or consent, 130 interrupted, 141 nobody reads the output. With `--format json`, standard output holds one JSON
-object and nothing else: `{schema_version, status, data}` or `{schema_version, status, error_code, message, hint}`.
+policy or consent, 130 interrupted, 141 nobody reads the output, 143 terminated. With `--format json`, standard output
+holds one JSON object and nothing else: `{schema_version, status, data}` or `{schema_version, status, error_code,
+message, hint}`.
 """
 
 import errno
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, Literal, NoReturn
 
 from fedoppu.common.errors import FedoppuError
@@ -25,6 +30,27 @@ MACHINE_HINT = "free some room, or allow it; fedoppu doctor says what is there"
 MEMORY_HINT = "set fewer users, group_users or workers, or a smaller rank"
 
 
+class _Terminated(BaseException):
+    """SIGTERM came; raised so that worker processes and half-written files are cleared away."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turns SIGTERM into an exception; only the main thread may, elsewhere it stays as it was."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
 def run_command(command: Callable[[], dict[str, Any]], output: Format) -> None:
     """Runs a command and ends the process with its exit code.
 
@@ -36,11 +62,14 @@ def run_command(command: Callable[[], dict[str, Any]], output: Format) -> None:
         SystemExit: With the exit code, unless the command is done.
     """
     try:
-        data = command()
+        with _terminable():
+            data = command()
     except FedoppuError as error:
         _fail(output, error.exit_code, error.code, str(error), error.hint)
     except KeyboardInterrupt:
         _fail(output, 130, "interrupted", "interrupted", "")
+    except _Terminated:
+        _fail(output, 128 + signal.SIGTERM, "terminated", "terminated", "")
     except BrokenPipeError:
         # whoever read the output has enough of it, as head has; nothing more can be told there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

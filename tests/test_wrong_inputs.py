@@ -5,11 +5,12 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from errno import EACCES, ENOSPC
 from pathlib import Path
 from shutil import copytree
-from signal import SIGKILL
+from signal import SIGKILL, SIGTERM, getsignal
 from subprocess import PIPE, Popen
 
 import pytest
@@ -266,3 +267,24 @@ def test_an_empty_wrong_user_control_is_explained(users: int, told: bool) -> Non
     note = control_note(load_run_config([]), "LaMP_3", users)
     assert ("3 target users, 4 are needed" in note) is told
     assert control_note(load_run_config(["arms=base"]), "LaMP_3", users) == ""
+
+
+def test_a_terminated_command_says_so_and_leaves_the_signal_as_it_was(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = getsignal(SIGTERM)
+    cleared: list[bool] = []
+
+    def command() -> dict[str, object]:
+        try:
+            os.kill(os.getpid(), SIGTERM)
+            time.sleep(60)
+        finally:
+            cleared.append(True)
+        return {}
+
+    with pytest.raises(SystemExit, match=r"^143$"):
+        run_command(command, "json")
+    assert cleared == [True]
+    assert json.loads(capsys.readouterr().out)["error_code"] == "terminated"
+    assert getsignal(SIGTERM) == before
