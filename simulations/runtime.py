@@ -42,6 +42,9 @@ from fedoppu.simulations.workers import Worker
 LEAST_HELD_OUT = 4  # fewer say nothing of a loss (spec of secure aggregation, rule 11)
 # after training, so that a drop never changes a group
 DROP_STAGES: tuple[Stage, ...] = ("train.masked", "query.consistency", "query.unmask")
+STARTING = (
+    900.0  # seconds that all members may take: Flower's engine starts slowly on a busy machine
+)
 Result = LocalUpdate | ClientFailure
 
 
@@ -226,7 +229,7 @@ def simulated_server(
         initial=federation.initial,
         roster=federation.roster,
         randomness=federation.randomness.child("server"),
-        directory=HelloDirectory(range(len(federation.identities))),
+        directory=HelloDirectory(range(len(federation.identities)), deadline=STARTING),
         folder=folder,
         run_id=federation.randomness.secret("run", length=16).hex(),
         progress=progress,
