@@ -188,11 +188,10 @@ def interrupted(spec: WorkerSpec) -> None:
 
 @pytest.mark.slow
 def test_an_interruption_does_not_wait_for_work_under_way(spec: WorkerSpec) -> None:
-    before, begun = multiprocessing.active_children(), time.monotonic()
+    before, begun = set(multiprocessing.active_children()), time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         interrupted(spec)
-    for process in multiprocessing.active_children():
-        if process not in before:
-            process.join(60)
-    assert time.monotonic() - begun < 100
-    assert set(multiprocessing.active_children()) <= set(before)
+    # the pool's own thread reaps them too; while it is at it, a dead process still counts as active
+    while set(multiprocessing.active_children()) - before:
+        assert time.monotonic() - begun < 100
+        time.sleep(0.05)
