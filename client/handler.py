@@ -21,6 +21,7 @@ from fedoppu.client.seat import Seat
 from fedoppu.client.secagg import KeySource, Phase, Pins, SecAggClient
 from fedoppu.client.vault import Outbox, StateStore
 from fedoppu.common.adapters import Adapter
+from fedoppu.common.agreed import agreed
 from fedoppu.common.config import FederationConfig
 from fedoppu.common.errors import ProtocolError, RefusedByPolicy
 from fedoppu.common.messages import (
@@ -41,7 +42,7 @@ from fedoppu.common.plan_fields import read_config
 from fedoppu.common.randomness import Randomness
 from fedoppu.common.roster import Roster
 from fedoppu.common.rounds import ClientEvent, RoundPlan, UpdateReady
-from fedoppu.common.shared_adapter import rebuild_shared, travelling
+from fedoppu.common.shared_adapter import rebuild_shared
 from fedoppu.common.signing import Identity
 
 
@@ -256,16 +257,9 @@ class Handler:
                 hint="get the federation's base, or join another federation",
             )
         _require("roster_hash", plan.roster_hash, self.runtime.roster.hash())
-        factors = travelling(config.shared.aggregation, plan.round)
         spec = self.runtime.initial_shared(config).spec
-        for name, value, agreed in (
-            ("factors", plan.factors, "".join(factors)),
-            ("num_params", plan.num_params, spec.num_params(factors)),
-            ("word_bits", plan.word_bits, config.encoding.word_bits),
-            ("level_bits", plan.level_bits, config.encoding.level_bits),
-            ("max_weight", plan.max_weight, config.shared.max_weight),
-        ):
-            _require(name, value, agreed)
+        for name, value in agreed(config, spec, plan.round).items():
+            _require(name, vars(plan)[name], value)
         return config
 
     # --- research only ---------------------------------------------------------------------------

@@ -1,28 +1,25 @@
 """Configuration: plain frozen dataclasses, merged and checked once, before anything is built.
 
 `RunConfig` is what a user of `fedoppu simulate` sets. `FederationConfig` is what all parties of one federation must
-agree on: its canonical bytes travel in the first message and their hash is in every round's plan. No config object of
-OmegaConf leaves this module.
+agree on: its canonical bytes travel in the first message and their hash is in every round's plan.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from fedoppu.common.errors import UsageError
+from fedoppu.common.merging import as_meant, build, read_dotlist, read_yaml
 from fedoppu.common.setting_checks import INTERPOLATION, check_settings
 
 Aggregation = Literal["ffa", "fedavg", "alternating"]
 Examples = Literal["queries", "history", "both"]
 ProfileKind = Literal["none", "template", "llm"]
-Settings = dict[str, Any]
-T = TypeVar("T")
 INFINITE = float("inf")
 TASKS = ("LaMP_1", "LaMP_2N", "LaMP_2M", "LaMP_3", "LaMP_4", "LaMP_5", "LaMP_7")
 
@@ -153,19 +150,21 @@ class RetrieverSettings:
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """How an update becomes integers (spec of the release: clip, scale, clamp, round, wrap).
+    """How an update becomes integers: clip, rotate, scale, clamp, round, integer noise, wrap.
 
     Attributes:
         word_bits: Sums are taken modulo 2 ** word_bits: 32 or 16.
         level_bits: A coordinate is rounded to 2 ** level_bits levels.
         clip: Bound of the L2 norm of an update.
-        value_range: Coordinates are clamped to +- this before rounding.
+        value_range: Coordinates are clamped to +- this before rounding, in the first round.
+        rotation: Whether a vector is rotated by a public random rotation first, so that no coordinate stands out.
     """
 
     word_bits: int = 32
     level_bits: int = 16
     clip: float = 10.0
     value_range: float = 0.5
+    rotation: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -198,6 +197,54 @@ class ThresholdSettings:
         require("thresholds.corrupt", self.corrupt, 0)
         require("thresholds.max_drop", self.max_drop, 0, 0.5)
         require("thresholds.attempts", self.attempts, 1)
+
+
+@dataclass(frozen=True)
+class SecAggSettings:
+    """How masks are made and taken off again.
+
+    Attributes:
+        mode: graph (clients mask in pairs; one server; survives drops), or two_server (each client's mask seed goes to
+            a helper; one message; one of server and helper must be honest).
+        key_exchange: x25519, or hybrid (MLKEM768 with X25519: recorded rounds stay secret from quantum computers).
+        helper: Hex of the helper's public keys, pinned in the federation's config; empty in graph mode. A simulation
+            makes its own.
+    """
+
+    mode: Literal["graph", "two_server"] = "graph"
+    key_exchange: Literal["x25519", "hybrid"] = "x25519"
+    helper: str = ""
+
+
+@dataclass(frozen=True)
+class PrivacySettings:
+    """User-level differential privacy of the shared phase: one client is one user.
+
+    Attributes:
+        mechanism: none; central (the server adds discrete Gaussian noise to the sum); distributed (each client adds its
+            part of it inside the masked sum); dp_ftrl (the server adds noise that is correlated over the rounds).
+        noise_multiplier: Standard deviation of the noise in a sum, in sensitivities of one user's vector; null for
+            the least that keeps all rounds within epsilon.
+        epsilon: Budget: the run stops before it would be exceeded; null for none.
+        delta: Of epsilon.
+        sampling: poisson (each member by itself with rate cohort / members; the cohort is not published; amplifies), or
+            fixed (cohort members, uniform; claims no amplification).
+        separation: dp_ftrl only: a member takes part at most once in so many rounds; also the bands of the noise.
+    """
+
+    mechanism: Literal["none", "central", "distributed", "dp_ftrl"] = "none"
+    noise_multiplier: float | None = None
+    epsilon: float | None = None
+    delta: float = 1e-5
+    sampling: Literal["poisson", "fixed"] = "fixed"
+    separation: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        require("privacy.noise_multiplier", self.noise_multiplier, 1e-3, 1e6)
+        require("privacy.epsilon", self.epsilon, 1e-6, 1e6)
+        require("privacy.delta", self.delta, 1e-30, 0.1)
+        require("privacy.separation", self.separation, 1, 10_000)
 
 
 @dataclass(frozen=True)
@@ -321,6 +368,8 @@ class RunConfig:
     retriever: RetrieverSettings = field(default_factory=RetrieverSettings)
     encoding: EncodingSettings = field(default_factory=EncodingSettings)
     thresholds: ThresholdSettings = field(default_factory=ThresholdSettings)
+    secagg: SecAggSettings = field(default_factory=SecAggSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     research: ResearchSettings = field(default_factory=ResearchSettings)
 
     def __post_init__(self) -> None:
@@ -361,6 +410,8 @@ class FederationConfig:
         retriever: How items are retrieved.
         encoding: How updates become integers.
         thresholds: Floors of a round.
+        secagg: How masks are made.
+        privacy: Differential privacy; its noise_multiplier is set where there is a mechanism.
         plain_updates: Research only: updates travel in clear.
     """
 
@@ -377,6 +428,8 @@ class FederationConfig:
     retriever: RetrieverSettings
     encoding: EncodingSettings
     thresholds: ThresholdSettings
+    secagg: SecAggSettings = field(default_factory=SecAggSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     plain_updates: bool = False
 
     def canonical(self) -> bytes:
@@ -397,7 +450,7 @@ class FederationConfig:
         values = json.loads(data)
         if INTERPOLATION in str(values):  # it would read the environment of whoever gets the bytes
             raise UsageError(f"a federation's config takes no {INTERPOLATION}...}}")
-        return _build(cls, [values])
+        return build(cls, [values])
 
 
 def load_run_config(overrides: Iterable[str] = (), file: Path | None = None) -> RunConfig:
@@ -410,78 +463,11 @@ def load_run_config(overrides: Iterable[str] = (), file: Path | None = None) -> 
     Raises:
         UsageError: A key names no field (the message suggests the nearest), or a value has the wrong type or range.
     """
-    layers = [_read_yaml(file)] if file else []
-    meant = [_as_meant(RunConfig, layer) for layer in [*layers, _dotlist(overrides)]]
+    layers = [read_yaml(file)] if file else []
+    meant = [as_meant(RunConfig, layer) for layer in [*layers, read_dotlist(overrides)]]
     for layer in meant:
         check_settings(RunConfig, layer)
-    return _build(RunConfig, meant)
-
-
-def _dotlist(overrides: Iterable[str]) -> Settings:
-    items = list(overrides)
-    for item in items:
-        if "=" not in item or item.startswith("="):
-            raise UsageError(
-                f"settings are key=value, got {item!r}", hint="no spaces around the equals sign"
-            )
-        try:
-            OmegaConf.from_dotlist([item])
-        except Exception as error:
-            raise UsageError(f"the setting {item} cannot be read: {_one_line(error)}") from None
-    return _plain(OmegaConf.from_dotlist(items))
-
-
-def _read_yaml(file: Path) -> Settings:
-    try:
-        loaded = OmegaConf.load(file)
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        problem = "there is no configuration file" if missing else "cannot read configuration file"
-        raise UsageError(f"{problem} {file}" + ("" if missing else f": {error.strerror}")) from None
-    except Exception as error:
-        raise UsageError(f"{file} is not YAML: {_one_line(error)}") from None
-    if not isinstance(loaded, DictConfig):
-        raise UsageError(f"{file} must hold keys and values")
-    return _plain(loaded)
-
-
-def _plain(layer: DictConfig) -> Settings:
-    return cast(Settings, OmegaConf.to_container(layer, resolve=False))
-
-
-def _as_meant(schema: type, values: Settings) -> Settings:
-    """Turns "0,2" and single values into lists where the schema wants a tuple, and YAML's null into a name."""
-    meant = dict(values)
-    for item in fields(schema):
-        kind, value = cast(Any, item.type), values.get(item.name)
-        if is_dataclass(kind) and isinstance(value, dict):
-            meant[item.name] = _as_meant(cast(type, kind), value)
-        elif "tuple" in str(kind) and isinstance(value, str):
-            meant[item.name] = [part.strip() for part in value.split(",") if part.strip()]
-        elif "tuple" in str(kind) and isinstance(value, int | float):
-            meant[item.name] = [value]
-        elif item.name == "population" and item.name in values and value is None:
-            meant[item.name] = "null"  # the population of that name; nothing is none
-    return meant
-
-
-def _build(schema: type[T], layers: list[Settings]) -> T:
-    try:
-        return cast(T, OmegaConf.to_object(OmegaConf.merge(schema, *layers)))
-    except ConfigKeyError as error:
-        raise UsageError(f"unknown key: {_first_line(error)}") from None
-    except OmegaConfBaseException as error:
-        path = f"{error.full_key}: " if error.full_key else ""
-        raise UsageError(f"{path}{_first_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    """Of a YAML error, whose line and column are in its middle."""
-    return " ".join(str(error).split())[:300]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return build(RunConfig, meant)
 
 
 def as_flat(config: RunConfig) -> dict[str, Any]:

@@ -120,5 +120,7 @@ def federation(
         retriever=run.retriever,
         encoding=run.encoding,
         thresholds=run.thresholds,
+        secagg=run.secagg,
+        privacy=run.privacy,
         plain_updates=run.research.plain_updates,
     )

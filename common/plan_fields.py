@@ -32,7 +32,16 @@ _PLAN_INTEGERS = (
 )
 _PLAN_FLOATS = ("clip", "value_range", "noise_scale")
 _PLAN_HASHES = ("config_hash", "roster_hash", "model_hash")
-PLAN_FIELDS = ("run_id", *_PLAN_HASHES, *_PLAN_INTEGERS, *_PLAN_FLOATS, "factors")
+_PLAN_FLAGS = ("metrics", "hybrid")
+PLAN_FIELDS = (
+    "run_id",
+    *_PLAN_HASHES,
+    *_PLAN_INTEGERS,
+    *_PLAN_FLOATS,
+    *_PLAN_FLAGS,
+    "factors",
+    "rotation",
+)
 
 
 def plan_values(plan: RoundPlan) -> dict[str, Value]:
@@ -42,7 +51,9 @@ def plan_values(plan: RoundPlan) -> dict[str, Value]:
     }
     values |= {name: vars(plan)[name] for name in _PLAN_INTEGERS}
     values |= {name: float(vars(plan)[name]) for name in _PLAN_FLOATS}
-    return values | {"factors": FACTORS.index(plan.factors)}
+    values |= {name: int(vars(plan)[name]) for name in _PLAN_FLAGS}
+    rotation = bytes.fromhex(plan.rotation)
+    return values | {"factors": FACTORS.index(plan.factors), "rotation": rotation}
 
 
 def read_plan(fields: Fields) -> RoundPlan:
@@ -66,6 +77,9 @@ def read_plan(fields: Fields) -> RoundPlan:
         min_cohort=fields.integer("min_cohort", 1, MAX_MEMBERS),
         max_drops=fields.integer("max_drops", 0, MAX_MEMBERS),
         noise_scale=fields.number("noise_scale"),
+        rotation=fields.blob("rotation", 0, HASH).hex(),
+        metrics=fields.integer("metrics", 0, 1) == 1,
+        hybrid=fields.integer("hybrid", 0, 1) == 1,
     )
 
 

@@ -49,7 +49,10 @@ class RoundPlan:
         neighbours: Neighbours of each member in the graph (k).
         min_cohort: Fewest members in the cohort.
         max_drops: Most members of the cohort that may be missing from the survivor set.
-        noise_scale: Scale of the integer noise; 0 without differential privacy.
+        noise_scale: Standard deviation, in levels, of the integer noise that each client adds; 0 where none does.
+        rotation: Hex, 32-byte public seed of the rotation; empty where vectors are not rotated.
+        metrics: Whether weight, loss and counts travel beside the parameters; never with differential privacy.
+        hybrid: Whether keys are agreed with MLKEM768 and X25519, and not with X25519 alone.
     """
 
     run_id: str
@@ -70,6 +73,9 @@ class RoundPlan:
     min_cohort: int
     max_drops: int
     noise_scale: float = 0.0
+    rotation: str = ""
+    metrics: bool = True
+    hybrid: bool = False
 
     def canonical(self) -> bytes:
         """JSON with sorted keys: the bytes that travel and that are hashed."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedoppu.common.adapters import Adapter
+from fedoppu.common.agreed import agreed
 from fedoppu.common.errors import DataError, RoundAborted
 from fedoppu.common.quantization import require_no_overflow
 from fedoppu.common.rounds import RoundPlan
@@ -159,7 +160,6 @@ class Rounds:
 
     def _plan(self, standing: Standing, state: AttemptState) -> RoundPlan:
         config, adapter = self.runtime.config, standing.adapter
-        factors = travelling(config.shared.aggregation, state.round)
         limits = plan_thresholds(len(state.cohort), config.thresholds)
         plan = RoundPlan(
             run_id=state.run_id,
@@ -168,17 +168,12 @@ class Rounds:
             config_hash=config.hash().hex(),
             roster_hash=self.runtime.roster.hash(),
             model_hash=adapter.digest(),
-            num_params=adapter.spec.num_params(factors),
-            factors="".join(factors),
-            clip=float(config.encoding.clip),
             value_range=float(standing.value_range),
-            word_bits=config.encoding.word_bits,
-            level_bits=config.encoding.level_bits,
-            max_weight=config.shared.max_weight,
             threshold=limits.threshold,
             neighbours=limits.neighbours,
             min_cohort=limits.min_cohort,
             max_drops=limits.max_drops,
+            **agreed(config, adapter.spec, state.round),
         )
         require_no_overflow(plan, len(state.cohort))
         return plan

@@ -94,7 +94,7 @@ def test_advert_is_repeated_byte_for_byte(tmp_path: Path) -> None:
         ({"level_bits": 20}, "the plan's level_bits is 20, the federation's is 16"),
         ({"max_weight": 9}, "the plan's max_weight is 9, the federation's is 8"),
         ({"value_range": 5.0}, "RefusedByPolicy: the plan's value_range is 5, the last was 0.5"),
-        ({"clip": 100.0}, "RefusedByPolicy: the plan's clip is 100, the last was 10"),
+        ({"clip": 100.0}, "ProtocolError: the plan's clip is 100.0, the federation's is 10.0"),
     ],
 )
 def test_plan_that_does_not_fit_is_refused_and_named(
