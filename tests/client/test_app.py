@@ -130,7 +130,7 @@ def test_second_config_is_refused(tmp_path: Path) -> None:
     made = federation(tmp_path)
     ask(made, "query.keys", opening(made))
     other = replace(CONFIG, k=3)
-    plan = replace(plan_for(made), round=2, config_hash=other.hash().hex())
+    plan = replace(plan_for(made, number=2), config_hash=other.hash().hex())
     reason = refusal(ask(made, "query.keys", opening(made, plan, other.canonical())))
     assert "is not" in reason
     assert "which this client took part with" in reason
@@ -140,7 +140,7 @@ def test_second_config_is_refused(tmp_path: Path) -> None:
 def test_only_a_higher_triple_is_taken(tmp_path: Path, number: int, attempt: int) -> None:
     made = federation(tmp_path)
     ask(made, "query.keys", opening(made, plan_for(made, number=2, attempt=1)))
-    plan = replace(plan_for(made, number=number, attempt=attempt), clip=9.0)
+    plan = replace(plan_for(made, number=number, attempt=attempt), value_range=0.6)
     assert "which this client took" in refusal(ask(made, "query.keys", opening(made, plan)))
 
 
@@ -246,7 +246,7 @@ def test_run_that_a_server_returns_to_is_remembered(tmp_path: Path, answered: bo
         ask(made, "query.keys", opening(made, plan_for(made, attempt=1)))
     other = replace(plan_for(made), run_id="cd" * 16, model_hash="ef" * 32)
     assert not ask(made, "query.keys", opening(made, other)).has_error()
-    back = opening(made, replace(plan_for(made, attempt=1), clip=9.0))
+    back = opening(made, replace(plan_for(made, attempt=1), value_range=0.6))
     expected = "answered at attempt 0" if answered else "not after round 1 attempt 1"
     assert expected in refusal(ask(made, "query.keys", back))
 
