@@ -1,0 +1,209 @@
+"""How much privacy composed Gaussian noise costs: epsilon at a delta, and the least noise for a budget.
+
+z is a noise multiplier: the standard deviation of the noise over the sensitivity. Without sampling, T rounds are one
+Gaussian mechanism of multiplier z / sqrt(T), whose epsilon is exact (Balle and Wang 2018,
+https://arxiv.org/abs/1805.06530, theorem 8). With Poisson sampling it is computed from the privacy loss distribution by
+`dp-accounting` (the [dp] extra); without it by Renyi differential privacy of our own, which is larger (7.97 for 7.05).
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from importlib.util import find_spec
+
+from fedoppu.common.config import require
+from fedoppu.common.errors import UsageError
+
+ORDERS = tuple(range(2, 65)) + tuple(range(72, 257, 8)) + (320, 384, 512, 1024)
+MAX_MULTIPLIER = 1e6
+_INTERVAL = (
+    1e-4  # of the discretised privacy loss; connecting the dots makes the result an upper bound
+)
+_COARSE_INTERVAL = 1e-3
+
+
+def combined_multiplier(multipliers: Iterable[float]) -> float:
+    """The one Gaussian mechanism that several are together: 1 / sqrt(sum of 1 / z^2); infinite for none.
+
+    Exact, whatever was chosen adaptively in between (Dong, Roth, Su 2019, https://arxiv.org/abs/1905.02383,
+    corollary 3.3).
+    """
+    total = math.fsum(1 / multiplier**2 for multiplier in multipliers)
+    return 1 / math.sqrt(total) if total > 0 else math.inf
+
+
+def gaussian_delta(noise_multiplier: float, epsilon: float) -> float:
+    """Least delta of one Gaussian mechanism at an epsilon (Balle and Wang 2018, theorem 8)."""
+    return math.exp(_log_delta(1 / noise_multiplier, epsilon))
+
+
+def gaussian_epsilon(noise_multiplier: float, compositions: int, delta: float) -> float:
+    """Least epsilon of T Gaussian mechanisms without sampling, exact to 1e-9 relative, rounded up.
+
+    Args:
+        noise_multiplier: z; infinite costs nothing.
+        compositions: T, at least 0.
+        delta: Between 0 and 1.
+    """
+    _require(noise_multiplier, compositions, delta)
+    if compositions == 0 or noise_multiplier == math.inf:
+        return 0.0
+    mu, target = math.sqrt(compositions) / noise_multiplier, math.log(delta)
+    if _log_delta(mu, 0.0) <= target:
+        return 0.0
+    low, high = 0.0, 1.0
+    while _log_delta(mu, high) > target:
+        low, high = high, 2 * high
+    while high - low > 1e-10 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _log_delta(mu, middle) > target else (low, middle)
+    return high
+
+
+def _log_delta(mu: float, epsilon: float) -> float:
+    """log(Phi(mu/2 - e/mu) - exp(e) Phi(-mu/2 - e/mu)), without overflow."""
+    above = _log_normal_cdf(mu / 2 - epsilon / mu)
+    below = epsilon + _log_normal_cdf(-mu / 2 - epsilon / mu)
+    return above + math.log(-math.expm1(below - above)) if below < above else -math.inf
+
+
+def _log_normal_cdf(x: float) -> float:
+    if x > -30:
+        return math.log(math.erfc(-x / math.sqrt(2)) / 2)
+    inverse = 1 / (x * x)  # asymptotic series; its next term is below 2e-12 here
+    series = -inverse + 3 * inverse**2 - 15 * inverse**3 + 105 * inverse**4
+    return -x * x / 2 - math.log(-x) - math.log(2 * math.pi) / 2 + math.log1p(series)
+
+
+def gaussian_rdp(noise_multiplier: float, order: float) -> float:
+    """Renyi divergence of a Gaussian mechanism: order / (2 z^2) (Mironov 2017)."""
+    return order / (2 * noise_multiplier**2)
+
+
+def sampled_gaussian_rdp(noise_multiplier: float, rate: float, order: int) -> float:
+    """Renyi divergence of the Poisson-sampled Gaussian, both directions, at an integer order from 2.
+
+    Mironov, Talwar, Zhang 2019 (https://arxiv.org/abs/1908.10530, section 3.3): the binomial sum.
+    """
+    if rate == 0:
+        return 0.0
+    if rate == 1:
+        return gaussian_rdp(noise_multiplier, order)
+    terms = [
+        math.lgamma(order + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(order - k + 1)
+        + k * math.log(rate)
+        + (order - k) * math.log1p(-rate)
+        + k * (k - 1) / (2 * noise_multiplier**2)
+        for k in range(order + 1)
+    ]
+    largest = max(terms)
+    moment = largest + math.log(math.fsum(math.exp(term - largest) for term in terms))
+    return max(0.0, moment) / (order - 1)
+
+
+def rdp_to_epsilon(rdp: Mapping[int, float], delta: float) -> float:
+    """Least epsilon of a mechanism whose Renyi divergence is known at some orders (integers from 2).
+
+    Canonne, Kamath, Steinke 2020 (https://arxiv.org/abs/2004.00010, proposition 12).
+    """
+    _require(1.0, 0, delta)
+    epsilons = [
+        divergence + math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
+        for order, divergence in rdp.items()
+    ]
+    return max(0.0, min(epsilons))
+
+
+def has_pld() -> bool:
+    """Whether the [dp] extra is installed, so that sampled epsilons come from privacy loss distributions."""
+    return find_spec("dp_accounting") is not None
+
+
+def sampled_epsilon(noise_multiplier: float, rate: float, compositions: int, delta: float) -> float:
+    """Epsilon of T Poisson-sampled Gaussian mechanisms, an upper bound; adjacency: add or remove one user.
+
+    Args:
+        noise_multiplier: z.
+        rate: Chance of each user to be in a round's cohort.
+        compositions: T, at least 0.
+        delta: Between 0 and 1.
+    """
+    _require(noise_multiplier, compositions, delta)
+    require("the sampling rate", rate, 0.0, 1.0)
+    if compositions == 0 or rate == 0 or noise_multiplier == math.inf:
+        return 0.0
+    if rate == 1:
+        return gaussian_epsilon(noise_multiplier, compositions, delta)
+    if has_pld():
+        return _pld_epsilon(noise_multiplier, rate, compositions, delta, _INTERVAL)
+    return _rdp_epsilon(noise_multiplier, rate, compositions, delta)
+
+
+def _rdp_epsilon(noise_multiplier: float, rate: float, compositions: int, delta: float) -> float:
+    rdp = {
+        order: compositions * sampled_gaussian_rdp(noise_multiplier, rate, order)
+        for order in ORDERS
+    }
+    return rdp_to_epsilon(rdp, delta)
+
+
+@lru_cache(maxsize=1024)
+def _pld_epsilon(z: float, rate: float, compositions: int, delta: float, interval: float) -> float:
+    import dp_accounting  # type: ignore[import-untyped]
+    from dp_accounting import pld
+
+    adjacency = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant = pld.PLDAccountant(adjacency, value_discretization_interval=interval)
+    one = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(z))
+    accountant.compose(dp_accounting.SelfComposedDpEvent(one, compositions))
+    return float(accountant.get_epsilon(delta))
+
+
+@lru_cache(maxsize=256)
+def calibrate(epsilon: float, delta: float, *, rate: float, compositions: int) -> float:
+    """Least noise multiplier that keeps T rounds within epsilon, rounded up to three digits.
+
+    Args:
+        epsilon: Budget, above 0.
+        delta: Of it.
+        rate: Of Poisson sampling; 1 claims no amplification.
+        compositions: T, at least 1.
+
+    Raises:
+        UsageError: No multiplier up to 1e6 does.
+    """
+    require("privacy.epsilon", epsilon, 1e-6, 1e6)
+    low, high = 1e-3, MAX_MULTIPLIER
+    if _affordable(low, epsilon, delta, rate, compositions):
+        return low
+    if not _affordable(high, epsilon, delta, rate, compositions):
+        raise UsageError(
+            f"no noise multiplier up to {high:g} gives epsilon {epsilon:g} at delta {delta:g} "
+            f"over {compositions} rounds",
+            hint="raise privacy.epsilon, or plan fewer rounds",
+        )
+    while high / low > 1.0005:
+        middle = math.sqrt(low * high)
+        enough = _affordable(middle, epsilon, delta, rate, compositions)
+        low, high = (low, middle) if enough else (middle, high)
+    return _three_digits_up(high)
+
+
+def _affordable(z: float, epsilon: float, delta: float, rate: float, compositions: int) -> bool:
+    return sampled_epsilon(z, rate, compositions, delta) <= epsilon
+
+
+def _three_digits_up(value: float) -> float:
+    step = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return float(f"{math.ceil(value / step - 1e-9) * step:.3g}")
+
+
+def _require(noise_multiplier: float, compositions: int, delta: float) -> None:
+    if not noise_multiplier > 0:
+        raise UsageError(f"a noise multiplier must be above 0, got {noise_multiplier}")
+    if compositions < 0:
+        raise UsageError(f"compositions must be at least 0, got {compositions}")
+    if not 0 < delta < 1:
+        raise UsageError(f"delta must be between 0 and 1, got {delta}")
