@@ -159,7 +159,7 @@ class Handler:
         self.seat.require_unanswered(config.task, plan)
         self._drop("query.keys", plan)
         stored = self.seat.machine
-        last = self.seat.last_in(plan.run_id) or self.seat.last or _before_first(config)
+        last = self.seat.last_in(plan.run_id) or _before_first(config)
         machine = SecAggClient(
             self.runtime.identity,
             Pins(self.runtime.roster, plan.config_hash, last),
@@ -285,9 +285,8 @@ class Handler:
 
 
 def _before_first(config: FederationConfig) -> LastRound:
-    """A newcomer holds a plan's clip bound and range against those that the federation began with."""
-    encoding = config.encoding
-    return LastRound("", 0, -1, False, clip=encoding.clip, value_range=encoding.value_range)
+    """What the first plan of a run that this client sees is held against."""
+    return LastRound("", 0, -1, False, value_range=config.encoding.value_range)
 
 
 def _only(events: list[ClientEvent]) -> ClientEvent:

@@ -9,6 +9,7 @@ nothing else of the owner's vector. Not guaranteed: that a sum over few says lit
 sum of ten can still be guessed well (AUC .71), so the default floor is twenty.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from fedoppu.common.config import require
@@ -19,7 +20,8 @@ from fedoppu.common.thresholds import allowed_drops, least_threshold, quorum
 
 SMALLEST_COHORT = 4  # outside a simulation
 HONEST_FLOOR = 20
-MOST_MISSED = 32  # rounds, for the bound of range_change
+FINEST = 2.0**-24  # of the clip bound: a finer range than float32 tells an update of that norm
+COARSEST = 2.0**24
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,6 @@ class LastRound:
         round: Of its plan.
         attempt: Of its plan.
         answered: Whether an unmask reply was made: then no other attempt at that round is taken.
-        clip: Of its plan.
         value_range: Of its plan.
     """
 
@@ -39,26 +40,35 @@ class LastRound:
     round: int
     attempt: int
     answered: bool
-    clip: float
     value_range: float
 
     @classmethod
     def of(cls, plan: RoundPlan, *, answered: bool) -> "LastRound":
         """The memory of an attempt."""
-        where = (plan.run_id, plan.round, plan.attempt)
-        return cls(*where, answered, plan.clip, plan.value_range)
+        return cls(plan.run_id, plan.round, plan.attempt, answered, plan.value_range)
 
 
 @dataclass(frozen=True)
 class ClientPolicy:
-    """The owner's floors.
+    """The owner's word. Every field but `young` is a setting of the owner's.
 
     Attributes:
         floor: Fewest honest members in a cohort and among survivors, at least 2.
-        corrupt: Members of the roster that are assumed corrupt; all may be in a cohort.
+        corrupt: Members of the roster that are assumed corrupt; all may be in a cohort. Whoever
+            rolls back a disk counts among them, known or not.
         max_drop: Largest share of a cohort that may be missing from a survivor set, 0 to .5.
         least_threshold: t must be more than this share of an owner's holders.
-        range_change: Clip bound and range may change by at most this factor a round.
+        range_change: The range may change by at most this factor for each round since the last.
+        difference_floor: The survivor sets of two rounds of a task are equal, or at least so many
+            honest members are in one of them alone; 0 asks for nothing.
+        same_model: Whether a second round, of any run, is answered from a model that was answered
+            for already. It reveals the difference of two nearly equal sums.
+        config_hash: Hex, SHA-256 of the one config that the owner consented to; empty to take the
+            first that comes.
+        roster_growth: Most newcomers of an epoch, as a share of the epoch before; at least one
+            unless it is 0.
+        young_epochs: Members enrolled fewer epochs ago than this count as corrupt too.
+        young: Those members of the roster in use.
         simulation: Whether all clients are virtual: then cohorts below 4 are taken.
 
     Raises:
@@ -69,7 +79,13 @@ class ClientPolicy:
     corrupt: int = 1
     max_drop: float = 0.3
     least_threshold: float = 0.5
-    range_change: float = 4.0
+    range_change: float = 16.0
+    difference_floor: int = 0
+    same_model: bool = False
+    config_hash: str = ""
+    roster_growth: float = 0.25
+    young_epochs: int = 2
+    young: frozenset[int] = frozenset()
     simulation: bool = False
 
     def __post_init__(self) -> None:
@@ -79,6 +95,9 @@ class ClientPolicy:
         require("policy.max_drop", self.max_drop, 0, 0.5)
         require("policy.least_threshold", self.least_threshold, 0.5, 1)
         require("policy.range_change", self.range_change, 1)
+        require("policy.difference_floor", self.difference_floor, 0)
+        require("policy.roster_growth", self.roster_growth, 0, 1)
+        require("policy.young_epochs", self.young_epochs, 0)
         if not self.simulation and self.floor + self.corrupt < SMALLEST_COHORT:
             raise UsageError(
                 f"policy.floor + policy.corrupt must be at least {SMALLEST_COHORT} outside a "
@@ -95,38 +114,58 @@ class ClientPolicy:
         """Virtual clients: the least floors that still exercise the protocol."""
         return cls(floor=2, corrupt=0, max_drop=0.5, simulation=True)
 
+    def corrupt_in(self, members: Collection[int]) -> int:
+        """How many of these members are assumed corrupt, at most all: `corrupt`, and the young."""
+        return min(len(members), self.corrupt + len(self.young.intersection(members)))
+
+    def check_config(self, config_hash: str) -> None:
+        """Whether this is the config that the owner consented to, if that was only one.
+
+        Raises:
+            RefusedByPolicy: It is another.
+        """
+        if self.config_hash not in ("", config_hash):
+            raise RefusedByPolicy(
+                f"the server's config is {config_hash[:12]}, the owner consented to "
+                f"{self.config_hash[:12]} alone",
+                hint="read the config, and consent to its hash to take part",
+            )
+
     def check_plan(self, plan: RoundPlan, last: LastRound | None) -> None:
         """Whether a plan may follow the last one.
 
+        The range moves by `range_change` a round, for as many rounds as were missed: whoever was
+        away must not be locked out. So a server that jumps rounds has the whole interval from
+        `FINEST` to `COARSEST` times the clip bound, and no more. It gains nothing for one victim:
+        the range is in the context, and a cohort has one.
+
         Raises:
-            RefusedByPolicy: It is for an attempt that was taken or answered, or it moves the clip
-                bound or the range too far.
+            RefusedByPolicy: It is for an attempt that was taken or answered, or it moves the range
+                too far. The clip bound is the config's, which is checked before.
         """
         _require_sane(plan)
         if last is None:
             return
-        if plan.run_id == last.run_id:
+        same = plan.run_id == last.run_id
+        if same:
             _require_succession(plan, last)
-        # a client that was not asked for some rounds has missed as many changes
-        rounds = plan.round - (last.round if plan.run_id == last.run_id else 0)
-        most = self.range_change ** min(max(rounds, 1), MOST_MISSED)
-        for name, now, before in (
-            ("clip", plan.clip, last.clip),
-            ("value_range", plan.value_range, last.value_range),
-        ):
-            if not before / most <= now <= before * most:
-                raise RefusedByPolicy(
-                    f"the plan's {name} is {now:g}, the last was {before:g}: a plan may change it "
-                    f"by a factor of at most {most:g}"
-                )
+        # another run begins with the range of the config or of the run that it goes on from
+        rounds = plan.round - last.round if same else plan.round
+        most = _power(self.range_change, max(rounds, 1))
+        if not last.value_range / most <= plan.value_range <= last.value_range * most:
+            raise RefusedByPolicy(
+                f"the plan's value_range is {plan.value_range:g}, the last was "
+                f"{last.value_range:g}: a plan may change it by a factor of at most {most:g}"
+            )
 
-    def check_cohort(self, plan: RoundPlan, size: int) -> None:
+    def check_cohort(self, plan: RoundPlan, members: Collection[int]) -> None:
         """Whether a cohort is large enough, and its thresholds are high enough.
 
         Raises:
             RefusedByPolicy: It is smaller than the floor or the plan's own; or t or k is too low.
         """
-        self._require_floor("cohort", size)
+        size, corrupt = len(members), self.corrupt_in(members)
+        self._require_floor("cohort", size, corrupt)
         if size < plan.min_cohort:
             raise RefusedByPolicy(
                 f"the cohort has {size} members, the plan's min_cohort is {plan.min_cohort}"
@@ -135,12 +174,12 @@ class ClientPolicy:
         if ring and plan.neighbours % 2:
             raise RefusedByPolicy(f"the plan's neighbours must be even, got {plan.neighbours}")
         holders = plan.neighbours if ring else size
-        safe = least_threshold(size, plan.neighbours, self.corrupt)
+        safe = least_threshold(size, plan.neighbours, corrupt)
         least = max(safe, int(holders * self.least_threshold) + 1)
         if not least <= plan.threshold <= holders:
             raise RefusedByPolicy(
                 f"the plan's threshold is {plan.threshold}; with {holders} holders and "
-                f"{self.corrupt} corrupt members it must be between {least} and {holders}"
+                f"{corrupt} corrupt members it must be between {least} and {holders}"
             )
 
     def check_live(self, plan: RoundPlan, graph: Graph, live: frozenset[int]) -> None:
@@ -158,7 +197,7 @@ class ClientPolicy:
                 f"{missing} of {size} members are missing, at most {most} may be: a server could "
                 "choose the drops"
             )
-        self._require_floor("survivor set", len(live))
+        self._require_floor("survivor set", len(live), self.corrupt_in(live))
         for member in sorted(live):
             holders = graph.live_holders(member, live)
             if holders < plan.threshold:
@@ -167,18 +206,26 @@ class ClientPolicy:
                     f"is {plan.threshold}"
                 )
 
-    def quorum(self, size: int) -> int:
+    def quorum(self, members: Collection[int]) -> int:
         """Signatures over one survivor set that this client needs before it reveals anything."""
-        return quorum(size, self.corrupt)
+        return quorum(len(members), self.corrupt_in(members))
 
-    def _require_floor(self, what: str, size: int) -> None:
-        honest = size - min(size, self.corrupt)
+    def _require_floor(self, what: str, size: int, corrupt: int) -> None:
+        honest = size - corrupt
         if honest < self.floor or (not self.simulation and size < SMALLEST_COHORT):
             raise RefusedByPolicy(
-                f"a {what} of {size} has {honest} honest members if {self.corrupt} are corrupt; "
+                f"a {what} of {size} has {honest} honest members if {corrupt} are corrupt; "
                 f"this client's floor is {self.floor}",
                 hint="join a larger federation; only the owner can lower the floor",
             )
+
+
+def _power(base: float, exponent: int) -> float:
+    """base ** exponent, infinite where floats end."""
+    try:
+        return base**exponent
+    except OverflowError:
+        return float("inf")
 
 
 def _require_sane(plan: RoundPlan) -> None:
@@ -203,6 +250,11 @@ def _require_sane(plan: RoundPlan) -> None:
         raise RefusedByPolicy(
             f"the plan's clip and value_range must be positive and finite, got {plan.clip:g} and "
             f"{plan.value_range:g}"
+        )
+    if not FINEST <= plan.value_range / plan.clip <= COARSEST:
+        raise RefusedByPolicy(
+            f"the plan's value_range is {plan.value_range:g}, it must be between "
+            f"{plan.clip * FINEST:g} and {plan.clip * COARSEST:g}: 2 ** 24 around the clip bound"
         )
 
 

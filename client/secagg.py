@@ -318,7 +318,7 @@ class SecAggClient:
             raise ProtocolError(
                 f"the cohort does not hold the advert that member {self.member} sent"
             )
-        self._policy.check_cohort(plan, len(cohort))
+        self._policy.check_cohort(plan, cohort.adverts)
         _require_no_overflow(plan, len(cohort))
         bundle = deal(
             cohort,
@@ -416,7 +416,7 @@ class SecAggClient:
             and verify_public(self._pins.roster.identity(member), signature, message)
             for member, signature in event.signatures.items()
         )
-        needed = self._policy.quorum(len(cohort))
+        needed = self._policy.quorum(cohort.adverts)
         if valid < needed:
             raise ProtocolError(
                 f"{valid} members of {len(cohort)} signed this survivor set, {needed} must have"

@@ -93,7 +93,7 @@ def test_advert_is_repeated_byte_for_byte(tmp_path: Path) -> None:
         ({"word_bits": 16, "level_bits": 8}, "the plan's word_bits is 16, the federation's is 32"),
         ({"level_bits": 20}, "the plan's level_bits is 20, the federation's is 16"),
         ({"max_weight": 9}, "the plan's max_weight is 9, the federation's is 8"),
-        ({"value_range": 5.0}, "RefusedByPolicy: the plan's value_range is 5, the last was 0.5"),
+        ({"value_range": 9.0}, "RefusedByPolicy: the plan's value_range is 9, the last was 0.5"),
         ({"clip": 100.0}, "ProtocolError: the plan's clip is 100.0, the federation's is 10.0"),
     ],
 )
