@@ -47,22 +47,41 @@ class Outcome:
     """What a successful attempt says.
 
     Attributes:
-        mean: (num_params,) float32, the weighted mean update.
-        weight: Sum of the weights.
+        mean: (num_params,) float32, the weighted mean update; with differential privacy the noised
+            sum over the expected number of clients.
+        weight: Sum of the weights; None where it does not travel.
         held_out_loss: Federated mean, nats, or None.
-        held_out_clients: Clients in it.
-        clipped: Coordinates beyond the range, over all survivors.
+        held_out_clients: Clients in it, or None.
+        clipped: Coordinates beyond the range, over all survivors; None where it does not travel.
         survivors: Sorted.
         liars: Member: what it did wrong.
     """
 
     mean: NDArray[np.float32] = field(repr=False)
-    weight: int
+    weight: int | None
     held_out_loss: float | None
-    held_out_clients: int
-    clipped: int
+    held_out_clients: int | None
+    clipped: int | None
     survivors: tuple[int, ...]
     liars: Mapping[int, str]
+
+
+def decode_exactly(ready: SumReady, plan: RoundPlan) -> Outcome:
+    """The weighted mean and the metrics of a sum to which nothing is added.
+
+    Raises:
+        RoundAborted: A total is out of the survivors' reach.
+    """
+    decoded = decode_sum(ready.words, plan, ready.survivors)
+    return Outcome(
+        mean=decoded.mean_update,
+        weight=decoded.total_weight,
+        held_out_loss=decoded.held_out_loss,
+        held_out_clients=decoded.held_out_clients,
+        clipped=decoded.clipped,
+        survivors=ready.survivors,
+        liars=ready.liars,
+    )
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,7 @@ class Attempt:
         exchanger: Reaches the members.
         tally: Of the round.
         tolerate_failures: Whether an exception in a client is a drop.
+        decode: Makes an outcome of the exact sum, and is the last to see it.
     """
 
     plan: RoundPlan
@@ -84,25 +104,23 @@ class Attempt:
     exchanger: Exchanger = field(repr=False)
     tally: Tally = field(repr=False)
     tolerate_failures: bool = False
+    decode: Callable[[SumReady, RoundPlan], Outcome] = decode_exactly
 
     # --- secure ----------------------------------------------------------------------------------
 
-    def secure(
-        self, machine: SecAggServer, *, before_unmask: Callable[[SecAggServer], None]
-    ) -> Outcome:
+    def secure(self, machine: SecAggServer, *, before: Callable[[SecAggServer], None]) -> Outcome:
         """Drives a machine from where it is to the sum.
 
         Args:
             machine: Fresh, or loaded where a crash left it.
-            before_unmask: Makes machine and survivors durable.
+            before: Is given the machine before each exchange, and makes durable what must be then.
 
         Raises:
             RoundAborted: A stage ended below a threshold, or the sum cannot be.
             ClientFailed: An exception in a client.
         """
         while isinstance(stage := machine.stage, Exchange):
-            if stage is Exchange.UNMASK:
-                before_unmask(machine)
+            before(machine)
             with self.tally.timed(stage.value):
                 self._ask(machine, stage)
                 if stage is Exchange.UNMASK:
@@ -110,7 +128,7 @@ class Attempt:
                 following = self._end(machine)
             for event in following:
                 if isinstance(event, SumReady):
-                    return self._decode(event)
+                    return self.decode(event, self.plan)
         raise RoundAborted(f"round {self.plan.round} had been given up before")
 
     def _end(self, machine: SecAggServer) -> list[Outgoing | SumReady]:
@@ -150,18 +168,6 @@ class Attempt:
                 return Training(out.event, self.model)
             case _:
                 return out.event
-
-    def _decode(self, ready: SumReady) -> Outcome:
-        decoded = decode_sum(ready.words, self.plan, ready.survivors)
-        return Outcome(
-            mean=decoded.mean_update,
-            weight=decoded.total_weight,
-            held_out_loss=decoded.held_out_loss,
-            held_out_clients=decoded.held_out_clients,
-            clipped=decoded.clipped,
-            survivors=ready.survivors,
-            liars=ready.liars,
-        )
 
     # --- research only ---------------------------------------------------------------------------
 

@@ -9,12 +9,13 @@ model has changed (spec of secure aggregation, rule 5).
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedoppu.common.adapters import Adapter
 from fedoppu.common.agreed import agreed
 from fedoppu.common.errors import DataError, RoundAborted
 from fedoppu.common.quantization import require_no_overflow
-from fedoppu.common.rounds import RoundPlan
+from fedoppu.common.rounds import Exchange, RoundPlan
 from fedoppu.common.shared_adapter import apply_mean, sent_down, travelling
 from fedoppu.common.thresholds import plan_thresholds
 from fedoppu.server.attempt import Attempt, Outcome
@@ -183,11 +184,12 @@ class Rounds:
             return attempt.plain(state.cohort)
         machine = self._machine(attempt.plan, state)
 
-        def before_unmask(machine: SecAggServer) -> None:
-            asked = tuple(out.member for out in machine.pending())
-            self.runtime.attempts.save(replace(state, asked=asked, machine=machine.dump()))
+        def before(machine: SecAggServer) -> None:
+            if machine.stage is Exchange.UNMASK:
+                asked = tuple(out.member for out in machine.pending())
+                self.runtime.attempts.save(replace(state, asked=asked, machine=machine.dump()))
 
-        return attempt.secure(machine, before_unmask=before_unmask)
+        return attempt.secure(machine, before=before)
 
     def _machine(self, plan: RoundPlan, state: AttemptState) -> SecAggServer:
         """A fresh machine, or the one that was stored before anybody was asked to unmask."""
@@ -227,11 +229,9 @@ class Rounds:
 def _record(
     state: AttemptState, plan: RoundPlan, outcome: Outcome, *, tally: Tally, model_hash: str
 ) -> RoundRecord:
-    count = len(outcome.survivors)
-    share = outcome.clipped / max(count * plan.num_params, 1)
+    """What is recorded; of an outcome with noise, nothing that was not made of the noised sum."""
     mean = outcome.mean.astype(np.float64)
-    # what was released is the update times weight / max_weight
-    released = mean * (outcome.weight / plan.max_weight)
+    share = _clipped_share(outcome, plan)
     return RoundRecord(
         round=state.round,
         attempt=state.attempt,
@@ -247,8 +247,25 @@ def _record(
         clipped_share=share,
         clip=plan.clip,
         value_range=plan.value_range,
-        next_range=next_range(plan.value_range, share, total=released, clients=count),
+        next_range=_range_after(plan, outcome, mean, share),
         model_hash=model_hash,
         liars={**outcome.liars, **tally.liars},
         aborted=tuple(tally.aborted),
     )
+
+
+def _clipped_share(outcome: Outcome, plan: RoundPlan) -> float | None:
+    if outcome.clipped is None:
+        return None
+    return outcome.clipped / max(len(outcome.survivors) * plan.num_params, 1)
+
+
+def _range_after(
+    plan: RoundPlan, outcome: Outcome, mean: NDArray[np.float64], share: float | None
+) -> float:
+    """The range of the next round; without the masked count of clamped coordinates it stays."""
+    if share is None or outcome.weight is None:
+        return plan.value_range
+    # what was released is the update times weight / max_weight
+    released = mean * (outcome.weight / plan.max_weight)
+    return next_range(plan.value_range, share, total=released, clients=len(outcome.survivors))
