@@ -41,7 +41,7 @@ from fedoppu.common.messages import (
 from fedoppu.common.plan_fields import read_config
 from fedoppu.common.randomness import Randomness
 from fedoppu.common.roster import Roster
-from fedoppu.common.rounds import ClientEvent, RoundPlan, UpdateReady
+from fedoppu.common.rounds import ClientEvent, RoundPlan, SurvivorsProposed, UpdateReady
 from fedoppu.common.shared_adapter import rebuild_shared
 from fedoppu.common.signing import Identity
 
@@ -156,7 +156,8 @@ class Handler:
         if config.plain_updates:
             raise ProtocolError("this federation sends plain updates: it has no exchange of keys")
         self.seat.require_pinned(opening.config)
-        self.seat.require_unanswered(config.task, plan)
+        if not self.runtime.policy.same_model:
+            self.seat.require_unanswered(config.task, plan)
         self._drop("query.keys", plan)
         stored = self.seat.machine
         last = self.seat.last_in(plan.run_id) or _before_first(config)
@@ -188,12 +189,21 @@ class Handler:
         if isinstance(request, Opening | Training | PlainTraining):
             raise ProtocolError(f"{stage} carries a message of another stage")
         events = machine.receive(request)
+        if events and isinstance(request, SurvivorsProposed):
+            self._hold_apart(request.survivors)
         self._save(machine, over=stored)
         if machine.phase is Phase.DONE:
             self.seat.finish(self._config().task, machine.plan)
         if not events:
             raise RefusedByPolicy("this client is not in the survivor set and takes no more part")
         return _only(events)
+
+    def _hold_apart(self, survivors: tuple[int, ...]) -> None:
+        """Keeps a survivor set before its signature goes out, for owners who ask for distance."""
+        policy = self.runtime.policy
+        if policy.difference_floor:
+            policy.check_difference(survivors, self.seat.survivor_sets)
+            self.seat.keep_survivors(survivors)
 
     def _update(
         self, plan: RoundPlan, config: FederationConfig, model: NDArray[np.float32]
@@ -249,6 +259,7 @@ class Handler:
         """The config, if plan, config, base and roster belong together."""
         digest = hashlib.sha256(config_bytes).hexdigest()
         _require("config_hash", plan.config_hash, digest)
+        self.runtime.policy.check_config(digest)
         config = read_config("query.keys of the server", config_bytes)
         if config.base_hash != self.runtime.base_hash:
             raise ProtocolError(

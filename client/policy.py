@@ -9,7 +9,7 @@ nothing else of the owner's vector. Not guaranteed: that a sum over few says lit
 sum of ten can still be guessed well (AUC .71), so the default floor is twenty.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from fedoppu.common.config import require
@@ -206,6 +206,45 @@ class ClientPolicy:
                     f"is {plan.threshold}"
                 )
 
+    def check_sealed(self, plan: RoundPlan) -> None:
+        """What of a two-server plan takes the place of cohort and survivor set, which are not shown.
+
+        `check_plan` holds for it too. That the helper keeps to the plan's least set is its
+        operator's word: this mode needs one honest of the two.
+
+        Raises:
+            RefusedByPolicy: The helper may answer for fewer than the floor of honest members, or
+                the owner asks for a difference of survivor sets that nobody shows this client.
+        """
+        least = plan.min_cohort
+        self._require_floor("helper's set", least, min(least, self.corrupt + len(self.young)))
+        if self.difference_floor:
+            raise RefusedByPolicy(
+                f"policy.difference_floor is {self.difference_floor}, but two-server rounds show "
+                "their survivors to no client",
+                hint="join a federation with secagg.mode=graph, or set it to 0",
+            )
+
+    def check_difference(
+        self, survivors: Collection[int], earlier: Iterable[Collection[int]]
+    ) -> None:
+        """Whether a survivor set equals each earlier one, or differs by enough honest members.
+
+        Raises:
+            RefusedByPolicy: It nearly equals one: the difference of the two sums is the sum over
+                few (apart from what the model changed in between).
+        """
+        for before in earlier:
+            apart = set(survivors).symmetric_difference(before)
+            honest = len(apart) - self.corrupt_in(apart)
+            if apart and honest < self.difference_floor:
+                raise RefusedByPolicy(
+                    f"the survivor set differs from an earlier one by {len(apart)} members, "
+                    f"{honest} of them honest; this client's difference_floor is "
+                    f"{self.difference_floor}",
+                    hint="draw cohorts that are the same or far apart; only the owner can lower it",
+                )
+
     def quorum(self, members: Collection[int]) -> int:
         """Signatures over one survivor set that this client needs before it reveals anything."""
         return quorum(len(members), self.corrupt_in(members))
@@ -221,7 +260,7 @@ class ClientPolicy:
 
 
 def _power(base: float, exponent: int) -> float:
-    """base ** exponent, infinite where floats end."""
+    """A power, infinite where floats end."""
     try:
         return base**exponent
     except OverflowError:

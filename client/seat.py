@@ -4,11 +4,16 @@ Guarantee (spec of secure aggregation, rule 5): the attempt is stored before its
 each stage's message before it is sent, so that after a crash it is repeated byte for byte or never.
 Before the keys of a new attempt, those of the old one are overwritten.
 
-Not covered: a store that is rolled back. It must not be part of a backup.
+Not covered: a store that is rolled back. It forgets what was answered, so this client can be made to
+sign two survivor sets or to answer a round twice. Protocol state is therefore in no backup: a
+restored vault enrols anew (client/enrolment.py). A silent rollback, of a disk or a virtual machine,
+is seen by nobody; such a client is one of the corrupt members that every other client's policy
+assumes, and the quorum of (n + c) / 2 signatures holds against it.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from flwr.app import RecordDict
@@ -20,6 +25,8 @@ from fedoppu.common.messages import Stage, digest, pack, unpack
 from fedoppu.common.rounds import RoundPlan
 
 CONFIG, LAST, MACHINE, REPLY, ANSWERED = "config", "last", "machine", "reply", "answered"
+SURVIVORS = "survivors"
+MOST_SETS = 64  # survivor sets that are remembered, the latest
 
 
 @dataclass(frozen=True)
@@ -77,23 +84,38 @@ class Seat:
             )
 
     def require_unanswered(self, task: str, plan: RoundPlan) -> None:
-        """Refuses a second run of a task from a model that was answered for.
+        """Refuses another round of a task from a model that was answered for, of whatever run.
+
+        An honest round may leave the model as it was: where every update was zero, or the range so
+        wide that all rounded to nothing. Then there is nothing more to learn from another one.
 
         Raises:
-            RefusedByPolicy: An unmask reply was sent for this task and model in another run.
+            RefusedByPolicy: An unmask reply was sent for this task and model in another round.
         """
-        if any(
-            (task, plan.model_hash) == (known[0], known[1]) and plan.run_id != known[2]
-            for known in self._answered()
-        ):
-            raise RefusedByPolicy(
-                f"this client answered for task {task} and model {plan.model_hash[:12]} in another "
-                "run; two sums from one model reveal their difference",
-                hint="only the owner can allow it",
-            )
+        for known_task, model, run_id, number in self._answered():
+            known, asked = (run_id, number), (plan.run_id, plan.round)
+            if (known_task, model) == (task, plan.model_hash) and known != asked:
+                where = f"round {number} of this run" if run_id == plan.run_id else "another run"
+                raise RefusedByPolicy(
+                    f"this client answered for task {task} and model {model[:12]} in {where}; two "
+                    "sums from one model reveal their difference",
+                    hint="a round that left the model as it was ends the run; only the owner can "
+                    "allow another (policy.same_model)",
+                )
 
-    def _answered(self) -> list[list[str]]:
-        return list(json.loads(self.store.get(ANSWERED) or b"[]"))
+    def _answered(self) -> list[tuple[str, str, str, int]]:
+        return [tuple(entry) for entry in json.loads(self.store.get(ANSWERED) or b"[]")]
+
+    @property
+    def survivor_sets(self) -> list[list[int]]:
+        """The latest survivor sets that were kept, over all runs; newest last."""
+        return list(json.loads(self.store.get(SURVIVORS) or b"[]"))
+
+    def keep_survivors(self, survivors: Sequence[int]) -> None:
+        """Stores a survivor set before it is signed."""
+        others = [known for known in self.survivor_sets if known != list(survivors)]
+        kept = [*others, list(survivors)][-MOST_SETS:]
+        self.store.put(SURVIVORS, json.dumps(kept).encode())
 
     def save(self, machine: bytes, last: LastRound | None) -> None:
         """Stores the machine, overwriting the one before, and the attempt."""
@@ -106,7 +128,7 @@ class Seat:
 
     def finish(self, task: str, plan: RoundPlan) -> None:
         """Remembers that an unmask reply was made."""
-        answered = [*self._answered(), [task, plan.model_hash, plan.run_id]]
+        answered = [*self._answered(), (task, plan.model_hash, plan.run_id, plan.round)]
         self.store.put(ANSWERED, json.dumps(answered).encode())
 
     def repeat(self, stage: Stage, request: RecordDict) -> RecordDict | None:
