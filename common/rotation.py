@@ -1,7 +1,43 @@
-"""A public random rotation of an update, so that no coordinate stands out when it is rounded."""
+"""A public random rotation of an update, so that no coordinate stands out when it is rounded.
+
+One rounding range holds for the whole vector, so the rotation must spread energy over all of it, whether large
+coordinates are scattered, periodic, or lie together as layers do. It is a composition of orthogonal maps that never
+lengthens the vector (rule 12 of the protocol's specification). With R and W powers of two, C = num_params // R columns:
+
+1. across: the vector as R rows of C; random signs, then a Hadamard transform of each column. The num_params - R C
+   coordinates at the end are the last columns of the same shape laid at the end of the vector, transformed after it.
+2. along: random signs, then a Hadamard transform of each window of W; the last window overlaps the one before.
+
+After the first, a coordinate's energy lies in R places that are C apart; after the second it is spread over every
+window that holds some of them. As R W >= 8 num_params where the vector allows it, the expected energy of a coordinate
+is at most about (1 + 2 C / W) of the mean, whatever the vector.
+
+Guarantees: the L2 norm is kept to float32 precision; the bytes are the same on every machine, as nothing but IEEE
+additions, subtractions and one product with a power of 2 ** -.5 touches a coordinate, in a fixed order.
+Not guaranteed: any privacy. The seed is public, and the rotation can be undone by anyone.
+
+Method: randomized Hadamard transform as in Suresh et al. 2017 (https://arxiv.org/abs/1611.00429, section 3), and for
+secure aggregation Kairouz et al. 2021 (https://arxiv.org/abs/2102.06387, section 4).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedoppu.common.config import FederationConfig
+from fedoppu.common.errors import ProtocolError
+from fedoppu.common.masking import random_words
 from fedoppu.common.randomness import Randomness
+
+SEED_BYTES = 32
+WINDOW = 1 << 16  # floats: two buffers of it stay in a second-level cache
+PANEL = 1 << 15  # floats of the columns that are transformed at once
+SPREAD = 8  # R W in lengths of the vector
+_SIGN_BIT = 31
+
+Vector = NDArray[np.float32]
 
 
 def rotation_seed(config: FederationConfig, round: int) -> str:
@@ -9,3 +45,134 @@ def rotation_seed(config: FederationConfig, round: int) -> str:
     if not config.encoding.rotation:
         return ""
     return Randomness.from_seed(config.public_seed).secret("rotation", round).hex()
+
+
+def rotate(vector: Vector, seed: str) -> Vector:
+    """The rotated vector.
+
+    Args:
+        vector: (num_params,) float32, finite, num_params at least 1; it is not changed.
+        seed: Hex of 32 bytes; empty for no rotation.
+
+    Returns:
+        (num_params,) float32 of the same L2 norm; the vector itself for an empty seed.
+
+    Raises:
+        ProtocolError: The seed has another length.
+    """
+    if not seed:
+        return vector
+    turned = np.array(vector, np.float32)
+    for step, flips in _schedule(turned, seed):
+        _xor(step.view, flips)
+        _transform(step)
+    return turned
+
+
+def rotate_back(vector: Vector, seed: str) -> Vector:
+    """The inverse of `rotate`, with the same arguments; the sum of rotated vectors is rotated back as one vector."""
+    if not seed:
+        return vector
+    turned = np.array(vector, np.float32)
+    for step, flips in reversed(_schedule(turned, seed)):
+        _transform(step)
+        _xor(step.view, flips)
+    return turned
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One Hadamard transform in place.
+
+    Attributes:
+        view: (rows, columns) of the vector, each a power of two or, with `along` unset, any number of columns.
+        along: Whether the view is one window; else each column is transformed by itself.
+    """
+
+    view: Vector
+    along: bool
+
+
+def _schedule(vector: Vector, seed: str) -> list[tuple[_Step, NDArray[np.uint8]]]:
+    """The steps, each with a bit for each of its coordinates: whether its sign is flipped."""
+    steps = [*_across(vector), *_along(vector)]
+    sizes = [step.view.size for step in steps]
+    bits = _bits(seed, sum(sizes))
+    ends = np.cumsum(sizes).tolist()
+    return [
+        (step, bits[end - step.view.size : end].reshape(step.view.shape))
+        for step, end in zip(steps, ends, strict=True)
+    ]
+
+
+def _bits(seed: str, count: int) -> NDArray[np.uint8]:
+    """The first bits of the seed's AES-256-CTR stream, the least significant of a byte first."""
+    key = bytes.fromhex(seed)
+    if len(key) != SEED_BYTES:
+        raise ProtocolError(f"a rotation seed must have {SEED_BYTES} bytes, got {len(key)}")
+    words = np.concatenate(list(random_words(key, "<u4", -(-count // 32))))
+    return np.unpackbits(words.view(np.uint8), count=count, bitorder="little")
+
+
+def _across(vector: Vector) -> Iterator[_Step]:
+    rows = _rows(vector.size)
+    columns, left = divmod(vector.size, rows)
+    sheet = vector[: rows * columns].reshape(rows, columns)
+    width = max(16, PANEL // rows)
+    for start in range(0, columns, width):
+        yield _Step(sheet[:, start : start + width], along=False)
+    if left:
+        yield _Step(vector[left:].reshape(rows, columns)[:, columns - left :], along=False)
+
+
+def _along(vector: Vector) -> Iterator[_Step]:
+    window = _window(vector.size)
+    rows = 1 << (window.bit_length() // 2)
+    shape = (rows, window // rows)
+    for start in range(0, vector.size - window, window):
+        yield _Step(vector[start : start + window].reshape(shape), along=True)
+    yield _Step(vector[vector.size - window :].reshape(shape), along=True)
+
+
+def _window(size: int) -> int:
+    """W: the largest power of two that fits, up to WINDOW."""
+    return min(WINDOW, 1 << (size.bit_length() - 1))
+
+
+def _rows(size: int) -> int:
+    """R: the least power of two with R W >= SPREAD * size, or the largest that fits."""
+    enough = 1 << (-(-SPREAD * size // _window(size)) - 1).bit_length()
+    return min(enough, 1 << (size.bit_length() - 1))
+
+
+def _xor(view: Vector, flips: NDArray[np.uint8]) -> None:
+    """Flips the signs in place."""
+    words = view.view(np.uint32)
+    words ^= flips.astype(np.uint32) << _SIGN_BIT
+
+
+def _transform(step: _Step) -> None:
+    """The orthonormal Hadamard transform of a step, which is its own inverse."""
+    rows, columns = step.view.shape
+    done = _butterflies(np.array(step.view, order="C"))
+    if step.along:
+        # the other axis: of the transpose, so that the inner loops run over contiguous memory
+        done = _butterflies(np.ascontiguousarray(done.T)).T
+    length = rows * columns if step.along else rows
+    np.multiply(done, np.float32(length**-0.5), out=step.view)
+
+
+def _butterflies(values: Vector) -> Vector:
+    """The Hadamard transform of each column, without its factor; `values` is overwritten.
+
+    In Sylvester's order: first the sums and differences of neighbouring rows, then of those two apart, and so on.
+    """
+    rows, columns = values.shape
+    other, half = np.empty_like(values), 1
+    while half < rows:
+        shape = (rows // (2 * half), 2, half * columns)
+        old, new = values.reshape(shape), other.reshape(shape)
+        np.add(old[:, 0], old[:, 1], out=new[:, 0])
+        np.subtract(old[:, 0], old[:, 1], out=new[:, 1])
+        values, other, half = other, values, 2 * half
+    return values
