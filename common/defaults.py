@@ -7,16 +7,22 @@ The values were chosen on base users, never on those who are scored; the paper's
 import math
 from dataclasses import dataclass, replace
 
+from fedoppu.common.accounting import calibrate
+from fedoppu.common.adapters import AdapterSpec
 from fedoppu.common.base import BaseFacts
 from fedoppu.common.config import (
     AdapterSettings,
     Aggregation,
+    EncodingSettings,
     FederationConfig,
     PersonalSettings,
+    PrivacySettings,
     RunConfig,
     SharedSettings,
     TrainingSettings,
 )
+from fedoppu.common.errors import UsageError
+from fedoppu.common.shared_adapter import travelling
 
 SMALL = 20_000_000
 LARGE = 1_000_000_000
@@ -24,6 +30,8 @@ ALL_LINEAR = ("all-linear",)
 # tasks whose history is trained on as text to be written, not as labels to be chosen
 GENERATIVE = ("LaMP_1", "LaMP_4", "LaMP_5", "LaMP_7")
 PASSES = 3
+# with differential privacy: the range, in deviations of a rotated update's coordinates
+RANGE_DEVIATIONS = 6.0
 
 
 @dataclass(frozen=True)
@@ -105,22 +113,136 @@ def rounds_of(run: RunConfig, base_users: int) -> int:
 def federation(
     run: RunConfig, base: BaseFacts, *, task: str, k: int, profile: str, base_users: int, seed: int
 ) -> FederationConfig:
-    """What all parties of one federation of a run agree on."""
+    """What all parties of one federation of a run agree on.
+
+    With differential privacy each client has weight 1, the noise multiplier is resolved, and the range of a rotated
+    update follows from the clip bound.
+
+    Raises:
+        UsageError: The privacy settings contradict each other or the rest.
+    """
+    shared, rounds = shared_settings(run, base), rounds_of(run, base_users)
+    cohort, encoding, privacy = min(run.cohort, base_users), run.encoding, run.privacy
+    check_privacy(run)
+    if privacy.mechanism != "none":
+        shared = replace(shared, max_weight=1)
+        encoding = _private_encoding(encoding, shared, base)
+        privacy = resolve_privacy(privacy, rounds=rounds, cohort=cohort, members=base_users)
     return FederationConfig(
         task=task,
         k=k,
         profile=profile,  # type: ignore[arg-type]
         base_hash=base.hash,
-        rounds=rounds_of(run, base_users),
-        cohort=min(run.cohort, base_users),
+        rounds=rounds,
+        cohort=cohort,
         public_seed=seed,
         dtype=run.dtype,
-        shared=shared_settings(run, base),
+        shared=shared,
         prompt=run.prompt,
         retriever=run.retriever,
-        encoding=run.encoding,
+        encoding=encoding,
         thresholds=run.thresholds,
         secagg=run.secagg,
-        privacy=run.privacy,
+        privacy=privacy,
         plain_updates=run.research.plain_updates,
     )
+
+
+# --- differential privacy ------------------------------------------------------------------------
+
+
+def check_privacy(run: RunConfig) -> None:
+    """Whether the privacy settings go together.
+
+    Raises:
+        UsageError: They do not; the message says what to set.
+    """
+    privacy = run.privacy
+    if privacy.mechanism == "none":
+        given = [
+            name for name in ("epsilon", "noise_multiplier") if vars(privacy)[name] is not None
+        ]
+        if given:
+            raise UsageError(
+                f"privacy.{given[0]} is set, but privacy.mechanism is none",
+                hint="set privacy.mechanism to central, distributed or dp_ftrl",
+            )
+        return
+    if run.research.plain_updates:
+        raise UsageError(
+            "research.plain_updates cannot be private: the server would see each update in clear",
+            hint="set privacy.mechanism=none or research.plain_updates=false",
+        )
+    if privacy.epsilon is None and privacy.noise_multiplier is None:
+        raise UsageError(
+            f"privacy.mechanism={privacy.mechanism} needs privacy.epsilon or "
+            "privacy.noise_multiplier",
+            hint="set privacy.epsilon=8 for a budget, or privacy.noise_multiplier=1 for the noise",
+        )
+    if privacy.mechanism == "dp_ftrl" and privacy.sampling == "poisson":
+        raise UsageError(
+            "privacy.mechanism=dp_ftrl takes members in turn, which is no Poisson sampling",
+            hint="set privacy.sampling=fixed",
+        )
+    if privacy.mechanism != "dp_ftrl" and privacy.separation != 1:
+        raise UsageError(
+            "privacy.separation is for privacy.mechanism=dp_ftrl alone",
+            hint="set privacy.separation=1",
+        )
+
+
+def resolve_privacy(
+    privacy: PrivacySettings, *, rounds: int, cohort: int, members: int
+) -> PrivacySettings:
+    """The settings with a noise multiplier: as set, or the least that keeps all rounds within epsilon.
+
+    Args:
+        privacy: With a mechanism, and with epsilon or a noise multiplier.
+        rounds: Of the shared phase.
+        cohort: Expected members in a round.
+        members: Of the federation.
+
+    Raises:
+        UsageError: No noise is enough, or the groups of dp_ftrl are smaller than a cohort.
+    """
+    if members // privacy.separation < cohort:
+        raise UsageError(
+            f"privacy.separation={privacy.separation} makes groups of "
+            f"{members // privacy.separation} of {members} members, a cohort has {cohort}",
+            hint="lower cohort or privacy.separation, or take more base users",
+        )
+    if privacy.noise_multiplier is not None or privacy.epsilon is None:
+        return privacy
+    multiplier = calibrate(
+        privacy.epsilon,
+        privacy.delta,
+        rate=sampling_rate(privacy, cohort=cohort, members=members),
+        compositions=max(math.ceil(rounds / privacy.separation), 1),
+    )
+    return replace(privacy, noise_multiplier=multiplier)
+
+
+def sampling_rate(privacy: PrivacySettings, *, cohort: int, members: int) -> float:
+    """Chance of a member to be in a round, where it is drawn by itself; 1 where no amplification is claimed."""
+    return cohort / members if privacy.sampling == "poisson" else 1.0
+
+
+def _private_encoding(
+    encoding: EncodingSettings, shared: SharedSettings, base: BaseFacts
+) -> EncodingSettings:
+    """The encoding with a range that fits every update and never moves.
+
+    A rotation spreads a vector of norm `clip` to d coordinates of about clip / sqrt(d); the range is six of those. A
+    wider one costs nothing but the rounding, which is small beside the noise. Without a rotation the range stays as it
+    was set.
+    """
+    if not encoding.rotation:
+        return encoding
+    adapter = shared.adapter
+    spec = AdapterSpec.from_base(
+        base, adapter.targets or (), rank=adapter.rank, alpha=adapter.alpha
+    )
+    moves = [travelling(shared.aggregation, round_number) for round_number in (1, 2)]
+    fewest = min(spec.num_params(factors) for factors in moves)
+    value_range = RANGE_DEVIATIONS * encoding.clip / math.sqrt(fewest)
+    return replace(encoding, value_range=float(f"{value_range:.3g}"))

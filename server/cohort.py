@@ -67,3 +67,41 @@ class PoissonSampler:
         ordered = sorted(eligible)
         draws = randomness.stream("cohort", round, attempt).random(len(ordered))
         return tuple(m for m, draw in zip(ordered, draws, strict=True) if draw < self.rate)
+
+
+@dataclass(frozen=True)
+class CyclicSampler:
+    """A cohort of a fixed size from a group whose turn it is, so that nobody is asked again too soon.
+
+    Members are dealt to `separation` groups of nearly equal size, once for the whole run; round r
+    draws from group (r - 1) mod separation. So a member takes part in at most one of any
+    `separation` rounds in a row, which is what correlated noise assumes.
+
+    Attributes:
+        size: Members of a cohort; all of the group that may be asked, if these are fewer.
+        separation: Number of groups.
+    """
+
+    size: int
+    separation: int
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        if self.size < 1 or self.separation < 1:
+            raise UsageError(
+                f"cohort and separation must be at least 1, got {self.size} and {self.separation}"
+            )
+
+    def sample(
+        self, randomness: Randomness, eligible: Collection[int], *, round: int, attempt: int
+    ) -> tuple[int, ...]:
+        """Members to ask, sorted."""
+        turn = (round - 1) % self.separation
+        group = [member for member in eligible if self.group(randomness, member) == turn]
+        return UniformSampler(self.size).sample(randomness, group, round=round, attempt=attempt)
+
+    def group(self, randomness: Randomness, member: int) -> int:
+        """A member's group: blocks of `separation` members in a row are dealt one to each group."""
+        block, place = divmod(member, self.separation)
+        order = randomness.stream("cohort groups", block).permutation(self.separation)
+        return int(order[place])
