@@ -33,7 +33,7 @@ from fedoppu.common.randomness import Randomness
 
 SEED_BYTES = 32
 WINDOW = 1 << 16  # floats: two buffers of it stay in a second-level cache
-PANEL = 1 << 15  # floats of the columns that are transformed at once
+PANEL = 1 << 16  # floats of the columns that are transformed at once
 SPREAD = 8  # R W in lengths of the vector
 _SIGN_BIT = 31
 
