@@ -1,0 +1,53 @@
+"""A client's part in the two-server mode: one message, after which it is never needed again.
+
+What is guaranteed and against whom is told in `common/two_server.py`. There is no state between
+messages: sending the masked words counts as having unmasked (spec of secure aggregation, rule 4),
+so the caller marks the round as answered before the message goes out.
+"""
+
+from dataclasses import replace
+
+from fedoppu.client.secagg import KeySource
+from fedoppu.common.errors import ProtocolError
+from fedoppu.common.masking import add_masks
+from fedoppu.common.rounds import RoundPlan, Words
+from fedoppu.common.signing import Identity
+from fedoppu.common.two_server import (
+    SALT_BYTES,
+    SEED_BYTES,
+    HelperKeys,
+    SealedUpdate,
+    claim_bytes,
+    seed_mask,
+)
+
+
+def seal_update(
+    words: Words, plan: RoundPlan, identity: Identity, *, helper: HelperKeys, keys: KeySource
+) -> SealedUpdate:
+    """Masks released words, seals the seed to the helper and signs both.
+
+    Args:
+        words: (length,) of the plan's layout; masked in place, so that no clear copy is left.
+        plan: Of the attempt.
+        identity: The member's signing key.
+        helper: The keys that the federation's config pins.
+        keys: Source of seed and salt: the operating system on a device.
+
+    Raises:
+        ProtocolError: The plan wants another key exchange than the helper's key is for.
+    """
+    if helper.hybrid != plan.hybrid:
+        raise ProtocolError(
+            f"the plan's hybrid is {plan.hybrid}, the helper's key is "
+            f"{'hybrid' if helper.hybrid else 'x25519'}"
+        )
+    context, member = plan.context, identity.member
+    purpose = f"{context.hex()} {member}"
+    seed = bytearray(keys.secret(f"sealed seed {purpose}", SEED_BYTES))
+    salt = keys.secret(f"sealed salt {purpose}", SALT_BYTES)
+    add_masks(words, [seed_mask(seed, context, member)])
+    sealed = helper.seal_seed(seed, context, member)
+    seed[:] = bytes(SEED_BYTES)
+    unsigned = SealedUpdate(member, words, salt, sealed, b"")
+    return replace(unsigned, signature=identity.sign(claim_bytes(context, unsigned.claim())))

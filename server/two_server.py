@@ -1,0 +1,332 @@
+"""The server's half of a round in the two-server mode, as a state machine without input or output.
+
+Two stages: `train.sealed`, in which each member sends its masked words and its sealed seed, and
+`helper.sum`, in which the helper is asked for the masks of those who did. In between, the set is
+fixed: the caller makes `dump()` durable before it asks (spec of secure aggregation, rules 4 and 5).
+
+Guaranteed: the sum is the exact sum over the set that the helper signed, or the round is aborted;
+an answer for any other set, round or request is refused and changes nothing. A member's bad input
+is its own drop, and is named. What server and helper learn is told in `common/two_server.py`.
+
+A member whose seed does not open is seen only by the helper, when its words are in the sum already.
+So all masked words are kept until the helper has answered, and the bad ones are taken off again.
+They are not part of a dump, which holds the sum alone: a server that was restarted in between and
+then hears of a bad seed has to give the round up.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import NoReturn
+
+import numpy as np
+
+from fedoppu.common.errors import DataError, ProtocolError, RoundAborted
+from fedoppu.common.plain import dump_plain, load_plain
+from fedoppu.common.quantization import VectorLayout, require_no_overflow
+from fedoppu.common.roster import Roster
+from fedoppu.common.rounds import Outgoing, RoundOpened, RoundPlan, SumReady, Words
+from fedoppu.common.signing import verify
+from fedoppu.common.two_server import (
+    HelperKeys,
+    MaskSum,
+    MaskSumRequest,
+    SealedClaim,
+    SealedUpdate,
+    claim_bytes,
+    mask_sum_bytes,
+    sealed_bytes,
+)
+
+
+class SealedStage(StrEnum):
+    """Where a round is."""
+
+    SEALED = "train.sealed"
+    HELPER = "helper.sum"
+    DONE = "done"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True)
+class _State:
+    """Plain data.
+
+    Attributes:
+        stage: Value of the stage.
+        plan: Of the attempt.
+        invited: Members that are asked, sorted.
+        claims: By member, of those whose words are here.
+        spoiled: Members whose answer was bad; nobody waits for another.
+        liars: Member: what it did wrong.
+    """
+
+    stage: str
+    plan: RoundPlan
+    invited: tuple[int, ...]
+    claims: Mapping[int, SealedClaim] = field(default_factory=dict)
+    spoiled: tuple[int, ...] = ()
+    liars: Mapping[int, str] = field(default_factory=dict)
+
+
+class SealedServer:
+    """The server in one attempt at one round."""
+
+    def __init__(
+        self, plan: RoundPlan, roster: Roster, *, invited: Iterable[int], helper: HelperKeys
+    ) -> None:
+        """Opens an attempt.
+
+        Args:
+            plan: Its plan.
+            roster: All members.
+            invited: Members that are asked.
+            helper: The keys that the federation's config pins.
+
+        Raises:
+            UsageError: The invited are too many for the plan's words.
+            ProtocolError: One of them is not in the roster, or the plan is for another roster.
+        """
+        members = tuple(sorted(set(invited)))
+        strangers = [member for member in members if member not in roster]
+        if strangers or plan.roster_hash != roster.hash():
+            raise ProtocolError(
+                f"the plan is for another roster, or members {strangers} are not in it"
+            )
+        require_no_overflow(plan, len(members))
+        self._roster = roster
+        self._helper = helper
+        self._state = _State(SealedStage.SEALED.value, plan, members)
+        self._words: dict[int, Words] = {}
+        self._sum = _zeros(plan)
+
+    @property
+    def stage(self) -> SealedStage:
+        """Where the round is."""
+        return SealedStage(self._state.stage)
+
+    @property
+    def plan(self) -> RoundPlan:
+        """The attempt's plan."""
+        return self._state.plan
+
+    @property
+    def liars(self) -> Mapping[int, str]:
+        """Member: what it did wrong, so far."""
+        return dict(self._state.liars)
+
+    @property
+    def survivors(self) -> tuple[int, ...]:
+        """Members whose words are in the masked sum, sorted."""
+        return tuple(sorted(self._state.claims))
+
+    @property
+    def invited(self) -> tuple[int, ...]:
+        """Members that are asked; if the round is given up all of them sit out (rule 5)."""
+        return self._state.invited
+
+    @property
+    def sufficient(self) -> bool:
+        """Whether enough members have answered to ask the helper."""
+        return len(self._state.claims) >= self.plan.min_cohort
+
+    def pending(self) -> list[Outgoing]:
+        """The event for those who have not answered: to send, and to send again."""
+        state = self._state
+        if self.stage is not SealedStage.SEALED:
+            return []
+        waiting = set(state.invited) - state.claims.keys() - set(state.spoiled)
+        return [Outgoing(member, RoundOpened(state.plan)) for member in sorted(waiting)]
+
+    def receive(self, event: SealedUpdate) -> None:
+        """Takes an answer, or records what is wrong with it.
+
+        Raises:
+            ProtocolError: It is too late; nothing has changed.
+        """
+        if self.stage is not SealedStage.SEALED:
+            raise ProtocolError(
+                f"SealedUpdate of member {event.member} came in stage {self.stage.value}: too late"
+            )
+        member, state = event.member, self._state
+        if member not in state.invited:
+            self._name(member, "answered train.sealed without being asked")
+        elif member in state.claims:
+            if state.claims[member].signature != event.signature:
+                self._name(member, "answered train.sealed twice")
+        elif member not in state.spoiled:
+            self._take(event)
+
+    def close(self) -> None:
+        """Ends `train.sealed`: the set is fixed, and nobody else is waited for.
+
+        Raises:
+            RoundAborted: Too few have answered; the round is over.
+        """
+        state = self._state
+        if self.stage is not SealedStage.SEALED:
+            raise ProtocolError(f"the set was fixed before: the round is in {self.stage.value}")
+        if not self.sufficient:
+            self._abort(
+                f"{len(state.claims)} members of {len(state.invited)} asked sent masked words, "
+                f"{self.plan.min_cohort} must"
+            )
+        for words in self._words.values():
+            np.add(self._sum, words, out=self._sum)
+        self._state = replace(state, stage=SealedStage.HELPER.value)
+
+    def request(self) -> MaskSumRequest:
+        """What the helper is asked: the same, however often.
+
+        Raises:
+            ProtocolError: The set is not fixed yet, or the round is over.
+        """
+        self._require_asking()
+        claims = self._state.claims
+        return MaskSumRequest(self.plan, tuple(claims[member] for member in sorted(claims)))
+
+    def unmask(self, answer: MaskSum) -> SumReady:
+        """Takes the helper's answer.
+
+        Raises:
+            ProtocolError: It is not for this round and set, or not the helper's; nothing changed.
+            RoundAborted: Too few seeds were good, or a bad one's words were lost in a restart; the
+                round is over.
+        """
+        self._require_asking()
+        self._require_answer(answer)
+        for member in answer.unsealed:
+            self._name(member, "sealed no seed that the helper can open")
+        if not answer.survivors:
+            self._abort(f"the seeds of members {list(answer.unsealed)} do not open")
+        total = self._without(answer.unsealed)
+        np.subtract(total, answer.words, out=total)
+        self._end(SealedStage.DONE)
+        return SumReady(total, answer.survivors, self.liars)
+
+    def dump(self) -> bytes:
+        """Everything but roster and keys: JSON, a line feed, the masked sum as little-endian words."""
+        words = self._sum.astype(self._sum.dtype.newbyteorder("<"))
+        return dump_plain(self._dumped()) + b"\n" + words.tobytes()
+
+    @classmethod
+    def load(cls, data: bytes, roster: Roster, *, helper: HelperKeys) -> "SealedServer":
+        """Continues from a dump.
+
+        Raises:
+            DataError: The bytes are no dump.
+        """
+        head, _, tail = data.partition(b"\n")
+        state = load_plain(_State, head)
+        server = cls(state.plan, roster, invited=state.invited, helper=helper)
+        if len(tail) != server._sum.nbytes:
+            raise DataError(f"the stored sum has {len(tail)} bytes, not {server._sum.nbytes}")
+        server._sum[:] = np.frombuffer(tail, server._sum.dtype.newbyteorder("<"))
+        server._state = state
+        return server
+
+    # --- answers ---------------------------------------------------------------------------------
+
+    def _dumped(self) -> _State:
+        """Before the set is fixed, whoever answered is asked again: its words are in no dump."""
+        if self.stage is SealedStage.SEALED:
+            return replace(self._state, claims={}, spoiled=())
+        return self._state
+
+    def _take(self, event: SealedUpdate) -> None:
+        state, claim = self._state, event.claim()
+        fault = self._fault(event, claim)
+        if fault is None:
+            self._words[event.member] = event.words
+            self._state = replace(state, claims={**state.claims, event.member: claim})
+        else:
+            self._name(event.member, fault)
+            spoiled = (*self._state.spoiled, event.member)
+            self._state = replace(self._state, spoiled=spoiled)
+
+    def _fault(self, event: SealedUpdate, claim: SealedClaim) -> str | None:
+        """What is wrong with an answer; words and seed cannot be judged here."""
+        layout, words = VectorLayout.of(self.plan), event.words
+        if words.shape != (layout.length,) or words.dtype != layout.dtype:
+            return (
+                f"sent a vector of {words.shape} {words.dtype}, "
+                f"not ({layout.length},) {layout.dtype}"
+            )
+        size = sealed_bytes(hybrid=self.plan.hybrid)
+        if len(event.sealed) != size:
+            return f"sealed its seed in {len(event.sealed)} bytes, not {size}"
+        message = claim_bytes(self.plan.context, claim)
+        if not verify(self._roster.identity(event.member), event.signature, message):
+            return "sent a SealedUpdate whose signature is not its own for this round"
+        return None
+
+    def _name(self, member: int, fault: str) -> None:
+        # The first fault is the one that is told; what follows from it would only hide it.
+        self._state = replace(self._state, liars={member: fault, **self._state.liars})
+
+    # --- the helper ------------------------------------------------------------------------------
+
+    def _require_asking(self) -> None:
+        if self.stage is not SealedStage.HELPER:
+            raise ProtocolError(f"the helper has no part in stage {self.stage.value}")
+
+    def _require_answer(self, answer: MaskSum) -> None:
+        """Refuses an answer that is not the helper's own for exactly this round and set."""
+        if not verify(self._helper.identity, answer.signature, mask_sum_bytes(answer)):
+            raise ProtocolError("the mask sum is not signed by the helper that the config pins")
+        if answer.context != self.plan.context:
+            raise ProtocolError("the helper answered for another round or attempt")
+        told = (*answer.survivors, *answer.unsealed)
+        asked = (
+            self.survivors
+            if answer.survivors
+            else tuple(member for member in self.survivors if member in answer.unsealed)
+        )
+        if tuple(sorted(told)) != asked:
+            raise ProtocolError(
+                f"the helper answered for {len(told)} members that are not the "
+                f"{len(self.survivors)} it was asked for"
+            )
+        # a helper could call all but one seed bad, and have this server publish that one's words
+        if 0 < len(answer.survivors) < self.plan.min_cohort:
+            raise ProtocolError(
+                f"the helper answered for {len(answer.survivors)} members, the plan's min_cohort "
+                f"is {self.plan.min_cohort}"
+            )
+        words, shape = answer.words, self._sum.shape
+        if answer.survivors and (words.shape != shape or words.dtype != self._sum.dtype):
+            raise ProtocolError(
+                f"the mask sum has {words.shape} words of {words.dtype}, not {shape} of "
+                f"{self._sum.dtype}"
+            )
+
+    def _without(self, members: Iterable[int]) -> Words:
+        """The masked sum without some members' words."""
+        total = self._sum.copy()
+        for member in members:
+            if member not in self._words:
+                self._abort(
+                    f"the seed of member {member} does not open, and a restart has lost the words "
+                    "that must be taken off the sum"
+                )
+            np.subtract(total, self._words[member], out=total)
+        return total
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def _abort(self, lack: str) -> NoReturn:
+        self._end(SealedStage.ABORTED)
+        raise RoundAborted(
+            f"round {self.plan.round} attempt {self.plan.attempt} ended: {lack}",
+            hint="raise thresholds.max_drop or the deadline, or ask more members",
+        )
+
+    def _end(self, stage: SealedStage) -> None:
+        """The round is over: masked words and sum are forgotten."""
+        self._words, self._sum = {}, _zeros(self.plan)
+        self._state = replace(self._state, stage=stage.value)
+
+
+def _zeros(plan: RoundPlan) -> Words:
+    layout = VectorLayout.of(plan)
+    return np.zeros(layout.length, layout.dtype)
