@@ -1,0 +1,203 @@
+"""The rules of the protocol, each with the one check that a test switches off to see what it is for.
+
+`without("floor")` runs a block against a protocol that lacks that rule. A switch is a patch of
+named functions, made here and nowhere else: production code has no way to turn a rule off.
+"""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from fedoppu.client import secagg
+from fedoppu.client.policy import ClientPolicy
+from fedoppu.client.secagg import Phase
+from fedoppu.common.cohort import Cohort, advert_fault
+from fedoppu.common.masking import KeyAgreement, Mask
+from fedoppu.common.randomness import Key, encode_key
+from fedoppu.common.roster import Roster
+from fedoppu.common.rounds import (
+    Advert,
+    RoundPlan,
+    SurvivorsProposed,
+    UnmaskRequested,
+)
+from fedoppu.common.signing import Scope
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule.
+
+    Attributes:
+        says: What it demands.
+        patch: Takes it away.
+    """
+
+    says: str
+    patch: Patch
+
+
+@contextmanager
+def without(*names: str) -> Iterator[None]:
+    """Takes rules away for a block."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in names:
+            RULES[name].patch(monkeypatch)
+        yield
+
+
+def _set(*targets: str, value: Any) -> Patch:
+    def apply(monkeypatch: pytest.MonkeyPatch) -> None:
+        for target in targets:
+            monkeypatch.setattr(target, value)
+
+    return apply
+
+
+def _never_objects(*args: Any, **kwargs: Any) -> None:
+    """In place of a check that raises."""
+
+
+def _always(*args: Any, **kwargs: Any) -> bool:
+    """In place of a check that answers."""
+    return True
+
+
+# --- what is bound to what -----------------------------------------------------------------------
+
+
+def _same_context_for_any_range(plan: RoundPlan) -> bytes:
+    return hashlib.sha256(replace(plan, value_range=1.0, clip=1.0).canonical()).digest()
+
+
+def _bind_no_round(scope: Scope, tag: str, *parts: Key) -> bytes:
+    return encode_key((f"fedoppu {tag}", *parts))
+
+
+def _bind_no_members(scope: Scope, tag: str, *parts: Key) -> bytes:
+    """Packages, their keys and the hashes of shares say no more whose they are and for whom."""
+    if tag in ("package", "channel", "share"):
+        parts = tuple(part for part in parts if not isinstance(part, int))
+    return encode_key((f"fedoppu {tag}", scope.context, scope.cohort, *parts))
+
+
+def _bind_no_pair(self: KeyAgreement, peer: bytes, scope: Scope, *, owner: int, other: int) -> Mask:
+    return Mask(self._derive(peer, scope, "pair mask", ()), negative=owner > other)
+
+
+def _unbound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RoundPlan, "context", property(lambda plan: bytes(32)))
+    monkeypatch.setattr(Scope, "bind", _bind_no_round)
+
+
+def _with_any_keys(
+    plan: RoundPlan, adverts: Iterable[Advert], roster: Roster
+) -> tuple[Cohort, dict[int, str]]:
+    """`form_cohort` that takes keys which two members share."""
+    ordered = sorted(adverts, key=lambda advert: advert.member)
+    valid = {a.member: a for a in ordered if advert_fault(a, plan.context, roster) is None}
+    return Cohort(plan, valid), {}
+
+
+# --- once ----------------------------------------------------------------------------------------
+
+
+def _sign_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    again = {SurvivorsProposed: (Phase.SIGNED, Phase.EXCLUDED), UnmaskRequested: (Phase.DONE,)}
+    monkeypatch.setattr(secagg, "TRANSITIONS", {**secagg.TRANSITIONS, Phase.SIGNED: again})
+
+
+def _answer_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    again = {SurvivorsProposed: (Phase.SIGNED, Phase.EXCLUDED)}
+    monkeypatch.setattr(secagg, "TRANSITIONS", {**secagg.TRANSITIONS, Phase.DONE: again})
+
+
+def _simple_majority(policy: ClientPolicy, members: Collection[int]) -> int:
+    return len(members) // 2 + 1
+
+
+def _of_the_cohort(cls: type[ClientPolicy], size: int) -> ClientPolicy:
+    return cls(corrupt=1)
+
+
+POLICY = "fedoppu.client.policy.ClientPolicy"
+CLIENT = "fedoppu.client.secagg"
+VERIFY_ADVERT = "fedoppu.common.cohort.verify_public"
+
+RULES: Mapping[str, Rule] = {
+    # --- plan and cohort
+    "signed adverts": Rule("an advert is its member's", _set(VERIFY_ADVERT, value=_always)),
+    "signatures": Rule(
+        "adverts and survivor sets are signed by enrolled identities",
+        _set(VERIFY_ADVERT, f"{CLIENT}.verify_public", value=_always),
+    ),
+    "range in context": Rule(
+        "the plan's range and clip bound are in the context",
+        lambda m: m.setattr(RoundPlan, "context", property(_same_context_for_any_range)),
+    ),
+    "context": Rule("context and cohort hash are in everything that is signed", _unbound),
+    "range change": Rule(
+        "range and clip bound change by a bounded factor",
+        _set(f"{POLICY}.check_plan", value=_never_objects),
+    ),
+    "unique keys": Rule(
+        "no two members share a key", _set(f"{CLIENT}.form_cohort", value=_with_any_keys)
+    ),
+    "sorted": Rule(
+        "lists name each member once", _set(f"{CLIENT}._require_sorted", value=_never_objects)
+    ),
+    "pair in mask": Rule(
+        "a pairwise mask names its two members",
+        _set("fedoppu.common.masking.KeyAgreement.mask", value=_bind_no_pair),
+    ),
+    "unique identities": Rule(
+        "a roster holds each identity once",
+        _set("fedoppu.common.roster.Roster.__post_init__", value=_never_objects),
+    ),
+    "corruption of the roster": Rule(
+        "corrupt members are counted in the roster, not in the cohort",
+        lambda m: m.setattr(ClientPolicy, "for_roster", classmethod(_of_the_cohort)),
+    ),
+    # --- thresholds and drops
+    "floor": Rule(
+        "cohort and survivors hold a floor of honest members",
+        _set(f"{POLICY}._require_floor", value=_never_objects),
+    ),
+    "thresholds": Rule(
+        "t and k follow from n and c", _set(f"{POLICY}.check_cohort", value=_never_objects)
+    ),
+    "live holders": Rule(
+        "each survivor keeps t live neighbours",
+        _set("fedoppu.common.graph.Graph.live_holders", value=lambda *_: 1 << 20),
+    ),
+    "drops": Rule(
+        "a survivor set has few drops", _set(f"{POLICY}.check_live", value=_never_objects)
+    ),
+    "quorum": Rule("one survivor set for all", _set(f"{POLICY}.quorum", value=lambda *_: 1)),
+    "corrupt in quorum": Rule(
+        "more than (n + c) / 2 of the cohort signed",
+        _set(f"{POLICY}.quorum", value=_simple_majority),
+    ),
+    # --- once
+    "memory": Rule(
+        "an attempt is taken once, a round answered once",
+        _set("fedoppu.client.policy._require_succession", value=_never_objects),
+    ),
+    "one survivor set": Rule("a client signs one survivor set", _sign_again),
+    "one reply": Rule("a client unmasks once", _answer_again),
+    "erasure": Rule(
+        "secrets are overwritten when their use is over",
+        _set(f"{CLIENT}._without_secrets", value=lambda state: state),
+    ),
+    # --- shares
+    "who a package is for": Rule(
+        "a package is bound to dealer and holder",
+        lambda m: m.setattr(Scope, "bind", _bind_no_members),
+    ),
+}
