@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from typing import Literal, cast
 
 import numpy as np
@@ -55,6 +56,15 @@ from fedoppu.common.rounds import (
     UnmaskRequested,
     Words,
 )
+from fedoppu.common.sealed_fields import (
+    mask_request_from,
+    mask_request_values,
+    mask_sum_from,
+    mask_sum_values,
+    read_sealed,
+    sealed_values,
+)
+from fedoppu.common.two_server import MaskSum, MaskSumRequest, SealedUpdate
 from fedoppu.common.vectors import read_vector, write_vector
 
 Stage = Literal[
@@ -64,10 +74,12 @@ Stage = Literal[
     "train.masked",
     "query.consistency",
     "query.unmask",
+    "train.sealed",
     "train.plain",
 ]
 HELLO: Stage = "query.hello"
 PLAIN: Stage = "train.plain"
+SEALED: Stage = "train.sealed"
 ROUND: tuple[Stage, ...] = (
     "query.keys",
     "query.shares",
@@ -116,6 +128,15 @@ class Training:
 
 
 @dataclass(frozen=True)
+class SealedTraining:
+    """Server to client, `train.sealed`, two-server mode: plan, config and model in one message."""
+
+    event: RoundOpened
+    config: bytes = field(repr=False)
+    model: NDArray[np.float32] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class PlainTraining:
     """Server to client, `train.plain`, research only: plan, config and model in one message."""
 
@@ -143,8 +164,9 @@ class PlainUpdate:
     held_out_loss: float
 
 
-Request = Opening | CohortFixed | Training | SurvivorsProposed | UnmaskRequested | PlainTraining
-Reply = Hello | ClientEvent | PlainUpdate
+Whole = SealedTraining | PlainTraining  # a round in one message
+Request = Opening | CohortFixed | Training | SurvivorsProposed | UnmaskRequested | Whole
+Reply = Hello | ClientEvent | SealedUpdate | PlainUpdate
 
 
 # --- records -------------------------------------------------------------------------------------
@@ -186,6 +208,10 @@ def _model(where: str, content: RecordDict) -> NDArray[np.float32]:
     )
 
 
+def _words(where: str, content: RecordDict) -> Words:
+    return cast(Words, _vector(where, content, "words", ("uint16", "uint32")))
+
+
 def _finite(where: str, name: str, vector: NDArray[np.generic]) -> NDArray[np.generic]:
     if not np.isfinite(cast(NDArray[np.float32], vector)).all():
         raise ProtocolError(f"{where}: array {name} must be finite")
@@ -217,16 +243,19 @@ def _read_training(where: str, content: RecordDict) -> Training:
     return Training(read_delivery(_open(where, content, "model")), _model(where, content))
 
 
-def _read_plain_training(where: str, content: RecordDict) -> PlainTraining:
+def _read_whole(
+    kind: type[SealedTraining] | type[PlainTraining], where: str, content: RecordDict
+) -> SealedTraining | PlainTraining:
     fields = _open(where, content, "model").require(*PLAN_FIELDS, "config")
     config = fields.blob("config", 2, MAX_CONFIG)
-    return PlainTraining(RoundOpened(read_plan(fields)), config, _model(where, content))
+    return kind(RoundOpened(read_plan(fields)), config, _model(where, content))
 
 
 def _read_masked(where: str, content: RecordDict) -> MaskedUpdate:
     fields = _open(where, content, "words").require("member", "signature")
-    words = cast(Words, _vector(where, content, "words", ("uint16", "uint32")))
-    return MaskedUpdate(fields.member(), words, fields.blob("signature", SIGNATURE))
+    return MaskedUpdate(
+        fields.member(), _words(where, content), fields.blob("signature", SIGNATURE)
+    )
 
 
 def _read_survivors(where: str, content: RecordDict) -> SurvivorsProposed:
@@ -269,7 +298,7 @@ def write_requests(requests: Mapping[int, Request]) -> dict[int, RecordDict]:
     contents: dict[int, RecordDict] = {}
     packed: dict[int, ArrayRecord] = {}
     for member, request in requests.items():
-        if isinstance(request, Training | PlainTraining):
+        if isinstance(request, Training | Whole):
             key = id(request.model)
             if key not in packed:
                 packed[key] = _model_record(request.model)
@@ -287,7 +316,7 @@ def write_request(request: Request, *, model: ArrayRecord | None = None) -> Reco
         model: Its model as it was written before, so that it is not written again.
     """
     content = _record(_request_values(request))
-    if isinstance(request, Training | PlainTraining):
+    if isinstance(request, Training | Whole):
         content["arrays"] = model or _model_record(request.model)
     return content
 
@@ -308,7 +337,7 @@ def _request_values(request: Request) -> Mapping[str, Value]:
             return {"dealers": list(dealers), "survivors": list(survivors)}
         case UnmaskRequested(signatures):
             return by_member("signatures", signatures)
-        case PlainTraining(event, config):
+        case SealedTraining(event, config) | PlainTraining(event, config):
             return plan_values(event.plan) | {"config": config}
 
 
@@ -327,6 +356,8 @@ def write_reply(reply: Reply) -> RecordDict:
             return _record({"member": member, "signature": signature})
         case UnmaskReply():
             return _record(unmask_values(reply))
+        case SealedUpdate():
+            return _record(sealed_values(reply), {"words": reply.words})
         case PlainUpdate(member, vector, weight, held_out, loss):
             values: dict[str, Value] = {
                 "member": member,
@@ -344,7 +375,8 @@ _REQUESTS: Mapping[Stage, Callable[[str, RecordDict], Request]] = {
     "train.masked": _read_training,
     "query.consistency": _read_survivors,
     "query.unmask": _read_unmask_request,
-    "train.plain": _read_plain_training,
+    "train.sealed": partial(_read_whole, SealedTraining),
+    "train.plain": partial(_read_whole, PlainTraining),
 }
 _REPLIES: Mapping[Stage, Callable[[str, RecordDict], Reply]] = {
     "query.hello": _read_hello,
@@ -353,6 +385,9 @@ _REPLIES: Mapping[Stage, Callable[[str, RecordDict], Reply]] = {
     "train.masked": _read_masked,
     "query.consistency": _read_survivor_signature,
     "query.unmask": lambda where, content: read_unmask_reply(_open(where, content)),
+    "train.sealed": lambda where, content: read_sealed(
+        _open(where, content, "words"), _words(where, content)
+    ),
     "train.plain": _read_plain_update,
 }
 
@@ -375,6 +410,35 @@ def read_reply(stage: Stage, content: RecordDict, sender: str) -> Reply:
             stage and field.
     """
     return _REPLIES[stage](f"{stage} of {sender}", content)
+
+
+def write_mask_request(request: MaskSumRequest) -> RecordDict:
+    """A server's question to the helper as a RecordDict."""
+    return _record(mask_request_values(request))
+
+
+def read_mask_request(content: RecordDict) -> MaskSumRequest:
+    """A server's question to the helper.
+
+    Raises:
+        ProtocolError: As for `read_request`.
+    """
+    return mask_request_from(_open("helper.sum of the server", content))
+
+
+def write_mask_sum(answer: MaskSum) -> RecordDict:
+    """The helper's answer as a RecordDict."""
+    return _record(mask_sum_values(answer), {"words": answer.words})
+
+
+def read_mask_sum(content: RecordDict) -> MaskSum:
+    """The helper's answer.
+
+    Raises:
+        ProtocolError: As for `read_request`.
+    """
+    where = "helper.sum of the helper"
+    return mask_sum_from(_open(where, content, "words"), _words(where, content))
 
 
 def pack(content: RecordDict) -> bytes:
@@ -420,4 +484,4 @@ def _size(value: object) -> int:
 
 def is_server_event(request: Request) -> ServerEvent:
     """The protocol's event inside a request."""
-    return request.event if isinstance(request, Opening | Training | PlainTraining) else request
+    return request.event if isinstance(request, Opening | Training | Whole) else request
