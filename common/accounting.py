@@ -7,19 +7,19 @@ https://arxiv.org/abs/1805.06530, theorem 8). With Poisson sampling it is comput
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
+
+import numpy as np
 
 from fedoppu.common.config import require
 from fedoppu.common.errors import UsageError
 
 ORDERS = tuple(range(2, 65)) + tuple(range(72, 257, 8)) + (320, 384, 512, 1024)
-MAX_MULTIPLIER = 1e6
-_INTERVAL = (
-    1e-4  # of the discretised privacy loss; connecting the dots makes the result an upper bound
-)
-_COARSE_INTERVAL = 1e-3
+MIN_MULTIPLIER, MAX_MULTIPLIER = 1e-3, 1e6
+_LEAST_PLD_MULTIPLIER = 0.05  # below, one round costs hundreds and no sampling helps
+_CELLS, _COARSE = 100_000, 10_000  # of the discretised privacy loss of one round
 
 
 def combined_multiplier(multipliers: Iterable[float]) -> float:
@@ -134,11 +134,18 @@ def sampled_epsilon(noise_multiplier: float, rate: float, compositions: int, del
     require("the sampling rate", rate, 0.0, 1.0)
     if compositions == 0 or rate == 0 or noise_multiplier == math.inf:
         return 0.0
+    return _bound(noise_multiplier, rate, compositions, delta, _CELLS)
+
+
+def _bound(z: float, rate: float, compositions: int, delta: float, cells: int) -> float:
+    """The least of what is known: no amplification, Renyi divergences, and with some cells a PLD."""
+    least = gaussian_epsilon(z, compositions, delta)
     if rate == 1:
-        return gaussian_epsilon(noise_multiplier, compositions, delta)
-    if has_pld():
-        return _pld_epsilon(noise_multiplier, rate, compositions, delta, _INTERVAL)
-    return _rdp_epsilon(noise_multiplier, rate, compositions, delta)
+        return least
+    least = min(least, _rdp_epsilon(z, rate, compositions, delta))
+    if cells and has_pld() and z >= _LEAST_PLD_MULTIPLIER:
+        least = min(least, _pld_epsilon(z, rate, compositions, delta, cells))
+    return least
 
 
 def _rdp_epsilon(noise_multiplier: float, rate: float, compositions: int, delta: float) -> float:
@@ -150,10 +157,12 @@ def _rdp_epsilon(noise_multiplier: float, rate: float, compositions: int, delta:
 
 
 @lru_cache(maxsize=1024)
-def _pld_epsilon(z: float, rate: float, compositions: int, delta: float, interval: float) -> float:
+def _pld_epsilon(z: float, rate: float, compositions: int, delta: float, cells: int) -> float:
     import dp_accounting  # type: ignore[import-untyped]
     from dp_accounting import pld
 
+    # connecting the dots makes the result an upper bound at any interval
+    interval = (1 / (2 * z * z) + 12 / z) / cells
     adjacency = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
     accountant = pld.PLDAccountant(adjacency, value_discretization_interval=interval)
     one = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(z))
@@ -175,24 +184,92 @@ def calibrate(epsilon: float, delta: float, *, rate: float, compositions: int) -
         UsageError: No multiplier up to 1e6 does.
     """
     require("privacy.epsilon", epsilon, 1e-6, 1e6)
-    low, high = 1e-3, MAX_MULTIPLIER
-    if _affordable(low, epsilon, delta, rate, compositions):
-        return low
-    if not _affordable(high, epsilon, delta, rate, compositions):
+    _require(MAX_MULTIPLIER, compositions, delta)
+
+    def cost(z: float, cells: int) -> float:
+        return _bound(z, rate, compositions, delta, cells)
+
+    if cost(MAX_MULTIPLIER, 0) > epsilon:
         raise UsageError(
-            f"no noise multiplier up to {high:g} gives epsilon {epsilon:g} at delta {delta:g} "
-            f"over {compositions} rounds",
+            f"no noise multiplier up to {MAX_MULTIPLIER:g} gives epsilon {epsilon:g} at delta "
+            f"{delta:g} over {compositions} rounds",
             hint="raise privacy.epsilon, or plan fewer rounds",
         )
-    while high / low > 1.0005:
+    # from the quick bound down with coarse distributions, then to the digits with fine ones
+    above = _least(lambda z: cost(z, 0), epsilon, low=MIN_MULTIPLIER, high=MAX_MULTIPLIER)
+    z = _three_digits_up(_least(lambda z: cost(z, _COARSE), epsilon, low=above / 4, high=above))
+    while cost(z, _CELLS) > epsilon:
+        z = _three_digits_up(z * 1.0001)
+    return z
+
+
+def _least(cost: Callable[[float], float], most: float, *, low: float, high: float) -> float:
+    """Least argument, to 2e-4 relative, whose cost is at most `most`; costs fall, cost(high) is."""
+    if cost(low) <= most:
+        return low
+    while high / low > 1.0002:
         middle = math.sqrt(low * high)
-        enough = _affordable(middle, epsilon, delta, rate, compositions)
-        low, high = (low, middle) if enough else (middle, high)
-    return _three_digits_up(high)
+        low, high = (low, middle) if cost(middle) <= most else (middle, high)
+    return high
 
 
-def _affordable(z: float, epsilon: float, delta: float, rate: float, compositions: int) -> bool:
-    return sampled_epsilon(z, rate, compositions, delta) <= epsilon
+def poisson_shortfall(members: int, rate: float, floor: int) -> float:
+    """Chance that a Poisson cohort has fewer than `floor` members: P(Binomial(members, rate) < floor).
+
+    The exact sum, from its largest term down; relative error below 1e-9.
+    """
+    require("the sampling rate", rate, 0.0, 1.0)
+    if floor <= 0 or floor > members:
+        return 0.0 if floor <= 0 else 1.0
+    if rate in (0.0, 1.0):
+        return 1.0 - rate
+    count = floor - 1
+    ways = math.lgamma(members + 1) - math.lgamma(count + 1) - math.lgamma(members - count + 1)
+    term = math.exp(ways + count * math.log(rate) + (members - count) * math.log1p(-rate))
+    total, odds = term, (1 - rate) / rate
+    while count > 0:
+        ratio = count / (members - count + 1) * odds
+        if ratio < 1 and term < 1e-17 * total:
+            break
+        term *= ratio
+        total += term
+        count -= 1
+    return min(1.0, total)
+
+
+def poisson_excess(members: int, rate: float, most: int) -> float:
+    """Chance that a Poisson cohort has more than `most` members."""
+    return poisson_shortfall(members, 1 - rate, members - most)
+
+
+def sum_excess(scale: float, clients: int) -> float:
+    """The tau of Kairouz, Liu, Steinke 2021 (https://arxiv.org/abs/2102.06387, theorem 1).
+
+    The sum of n discrete Gaussians is no discrete Gaussian; the logarithm of the ratio of the two probabilities of any
+    integer is at most tau = 10 sum_{k=1}^{n-1} exp(-2 pi^2 scale^2 k / (k + 1)).
+
+    Args:
+        scale: Of each, levels.
+        clients: n, at least 1.
+    """
+    k = np.arange(1, clients, dtype=np.float64)
+    return float(10 * np.exp(-2 * (math.pi * scale) ** 2 * k / (k + 1)).sum())
+
+
+def distributed_epsilon(sensitivity: float, scale: float, *, clients: int, length: int) -> float:
+    """Concentrated-DP epsilon of a sum with distributed discrete Gaussian noise (the same theorem).
+
+    The sum is (1/2) epsilon^2-concentrated differentially private, with epsilon = min(sqrt(D^2 / (n scale^2) +
+    2 tau d), D / (sqrt(n) scale) + tau sqrt(d)). It is above the Gaussian's D / (sqrt(n) scale) and tends to it.
+
+    Args:
+        sensitivity: D, L2, levels.
+        scale: Of each client's noise, levels.
+        clients: n, those that add noise.
+        length: d, elements of the vector.
+    """
+    gaussian, tau = sensitivity / (math.sqrt(clients) * scale), sum_excess(scale, clients)
+    return min(math.sqrt(gaussian**2 + 2 * tau * length), gaussian + tau * math.sqrt(length))
 
 
 def _three_digits_up(value: float) -> float:

@@ -1,14 +1,31 @@
-"""User-level differential privacy of the shared phase, as numbers: sensitivity, noise scales, what was spent.
+"""User-level differential privacy of the shared phase: sensitivity, noise scales, and what was spent.
 
 The unit of privacy is the user: one client is one user, with weight 1 and one clipped vector a round. A client clips,
 rotates, scales, clamps, rounds to levels and (distributed mode) adds integer noise; nothing comes after that but the
-reduction modulo 2^w. So the noise is measured in levels, against the L2 norm of the *rounded* vector.
+reduction modulo 2^w. So noise is measured in levels, against the L2 norm of the *rounded* vector.
+
+Three views, three epsilons (rule 14 of the spec of secure aggregation):
+
+- *released*: whoever gets the models, and does not know who was in a round's cohort. Poisson sampling amplifies it.
+- *peers*: members also see the cohorts that they are in. Never amplified.
+- *server*: sees cohorts and each round's sum as the clients sent it. Never amplified, and infinite in the central modes
+  and in dp_ftrl, where that sum is exact: there the server is trusted with sums, and with nothing else.
+
+Distributed noise and Poisson sampling: the variance of the noise would tell how many members added some, and so, in a
+long vector, whether one more was there. The released epsilon is amplified only if the server tops the noise up to a
+variance that is the same in every round (`top_up`).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from fedoppu.common.accounting import (
+    calibrate,
+    gaussian_epsilon,
+    poisson_shortfall,
+    sampled_epsilon,
+)
 from fedoppu.common.config import PrivacySettings
 from fedoppu.common.errors import UsageError
 from fedoppu.common.rounds import RoundPlan
@@ -18,17 +35,23 @@ Adjacency = Literal["add_remove", "zero_out"]
 _FLOAT_SLACK = 1 + 2.0**-16
 
 
+LEAST_TOTAL_SCALE = 16.0  # levels; see require_scales
+LEAST_CLIENT_SCALE = 4.0
+SHORTFALL_SHARE = 0.1
+
+
 @dataclass(frozen=True)
 class PrivacySpent:
     """What has been spent so far; the unit of privacy is one user's whole history.
 
     Attributes:
         rounds: Rounds whose vectors were sent.
-        delta: Of both epsilons; the chance of a cohort below the floor is in it.
+        delta: Of all epsilons; the chance of a cohort below the floor is in it.
         released: Epsilon against those who get the models.
-        server: Epsilon against the server and the peers, who see a round's exact masked sum; infinite in the central
-            modes, where the server sees it without noise.
-        adjacency: "add_remove": one user is in the federation or not. "zero_out": one user's vectors are zero.
+        server: Epsilon against the server, which sees each sum as it was sent: infinite if that is exact.
+        adjacency: Of `released`. "add_remove": one user is in the federation or not. "zero_out": one user's vectors
+            are zero. The others are always "zero_out", since who takes part is no secret to them.
+        peers: Epsilon against members, who get the models and see the cohorts.
     """
 
     rounds: int
@@ -36,6 +59,31 @@ class PrivacySpent:
     released: float
     server: float
     adjacency: Adjacency
+    peers: float
+
+
+@dataclass(frozen=True)
+class Participation:
+    """Who takes part, and how often.
+
+    Attributes:
+        members: Members of the roster that may be asked (N).
+        cohort: Members asked in a round: exactly (fixed), or expected (poisson: each with rate q = cohort / members).
+        floor: Fewest members in a cohort; with poisson, a smaller one is no round.
+        rounds: Rounds, or attempts at one, in which vectors were sent or will be.
+        most: Most of these rounds that any one member sent a vector in.
+    """
+
+    members: int
+    cohort: int
+    floor: int
+    rounds: int
+    most: int
+
+    @property
+    def rate(self) -> float:
+        """Chance of each member to be in a Poisson cohort (q)."""
+        return self.cohort / self.members
 
 
 def sensitivity(plan: RoundPlan) -> float:
@@ -92,3 +140,148 @@ def _multiplier(privacy: PrivacySettings) -> float:
             "privacy.noise_multiplier is not set", hint="set it, or privacy.epsilon to derive it"
         )
     return privacy.noise_multiplier
+
+
+def top_up(target: float, client_scale: float, survivors: int) -> float:
+    """Scale of the noise that the server adds so that the sum's has variance target^2 whoever dropped, in levels.
+
+    Raises:
+        UsageError: The clients added more already.
+    """
+    missing = target**2 - survivors * client_scale**2
+    if missing < -1e-9 * target**2:
+        raise UsageError(
+            f"the noise of {survivors} clients, {client_scale:g} levels each, is above the target of {target:g}"
+        )
+    return math.sqrt(max(0.0, missing))
+
+
+def require_scales(total: float, client: float = math.inf) -> None:
+    """Refuses noise so small that the integers show: below it the accounting of the Gaussian would be off.
+
+    A sum of discrete Gaussians of 4 levels differs from one of them by a factor of at most 1 + 1e-65 for each element
+    (`accounting.sum_excess`). One of 16 levels has the Renyi divergences of the Gaussian (the sum over the integers of
+    its density, moved by any real number, is 1 +- 2 exp(-2 pi^2 scale^2)), and, in one dimension and one round, where
+    it shows most, its epsilon to 1e-3; 2e-2 at 2 levels.
+
+    Args:
+        total: Scale of the noise in a sum, levels.
+        client: Scale of what each client adds, levels, where clients do.
+
+    Raises:
+        UsageError: A scale is too small.
+    """
+    for name, scale, least in (
+        ("a sum", total, LEAST_TOTAL_SCALE),
+        ("each client", client, LEAST_CLIENT_SCALE),
+    ):
+        if scale < least:
+            raise UsageError(
+                f"the noise of {name} must have a scale of at least {least:g} levels to be accounted "
+                f"for as a Gaussian, got {scale:.3g}",
+                hint="raise encoding.level_bits or privacy.noise_multiplier, or lower encoding.value_range",
+            )
+
+
+def spent(
+    privacy: PrivacySettings, participation: Participation, *, steady: bool = False
+) -> PrivacySpent:
+    """What rounds of a federation cost, all of them together.
+
+    Each member sent a vector in at most `participation.most` of them, so without amplification they are that many
+    Gaussian mechanisms; dp_ftrl is the same by `matrix_factorization`, if a member's rounds are at least
+    privacy.separation apart, which is the caller's to see to. Sampling is taken at its word: the server must draw
+    cohorts as configured, and Poisson cohorts must be published to no one who only gets the models.
+
+    Args:
+        privacy: With its noise_multiplier set. Without a mechanism everything is infinite, once there was a round.
+        participation: So far, or planned.
+        steady: Distributed only: the server topped the noise up to the same variance in every round.
+    """
+    z = math.inf if participation.rounds == 0 else _noise(privacy)
+    unamplified = gaussian_epsilon(z, participation.most, privacy.delta) if z > 0 else math.inf
+    exact = privacy.mechanism != "distributed" and participation.rounds > 0
+    result = PrivacySpent(
+        rounds=participation.rounds,
+        delta=privacy.delta,
+        released=unamplified,
+        server=math.inf if exact else unamplified,
+        adjacency="zero_out",
+        peers=unamplified,
+    )
+    if privacy.sampling != "poisson" or z == 0:
+        return result
+    result = replace(result, delta=privacy.delta + _shortfall(participation))
+    if not amplifies(privacy, steady=steady):
+        return result
+    released = sampled_epsilon(z, participation.rate, participation.rounds, privacy.delta)
+    return replace(result, released=released, adjacency="add_remove")
+
+
+def amplifies(privacy: PrivacySettings, *, steady: bool = False) -> bool:
+    """Whether sampling lowers the released epsilon."""
+    sampled = privacy.mechanism == "central" or (privacy.mechanism == "distributed" and steady)
+    return sampled and privacy.sampling == "poisson"
+
+
+def affordable(
+    privacy: PrivacySettings, participation: Participation, *, steady: bool = False
+) -> bool:
+    """Whether the rounds, the next one included, stay within the budget; always, if there is none."""
+    if privacy.epsilon is None or privacy.mechanism == "none":
+        return True
+    return spent(privacy, participation, steady=steady).released <= privacy.epsilon
+
+
+def needed_multiplier(
+    privacy: PrivacySettings, participation: Participation, *, steady: bool = False
+) -> float:
+    """Least noise multiplier with which all rounds are affordable; the configured one, if there is one.
+
+    Raises:
+        UsageError: Neither a multiplier nor a budget is set, or no multiplier is enough.
+    """
+    if privacy.noise_multiplier is not None:
+        return privacy.noise_multiplier
+    if privacy.epsilon is None:
+        raise UsageError(
+            f"privacy.mechanism={privacy.mechanism} needs a budget or an amount of noise",
+            hint="set privacy.epsilon or privacy.noise_multiplier",
+        )
+    amplified = amplifies(privacy, steady=steady)
+    return calibrate(
+        privacy.epsilon,
+        privacy.delta,
+        rate=participation.rate if amplified else 1.0,
+        compositions=participation.rounds if amplified else participation.most,
+    )
+
+
+def require_cohorts(participation: Participation, delta: float) -> None:
+    """Refuses a Poisson plan in which cohorts below the floor are likely enough to matter for delta.
+
+    A round that cannot be held says that few were drawn; its chance, over all rounds, is added to delta, and may be at
+    most a tenth of it.
+
+    Raises:
+        UsageError: It is more.
+    """
+    shortfall, most = _shortfall(participation), SHORTFALL_SHARE * delta
+    if shortfall > most:
+        raise UsageError(
+            f"Poisson cohorts of {participation.cohort} expected members fall below the floor of "
+            f"{participation.floor} in {participation.rounds} rounds with probability "
+            f"{shortfall:.2g}, above {most:.2g}, a tenth of delta",
+            hint="raise cohort, lower thresholds.floor, or set privacy.sampling=fixed",
+        )
+
+
+def _shortfall(participation: Participation) -> float:
+    return participation.rounds * poisson_shortfall(
+        participation.members, participation.rate, participation.floor
+    )
+
+
+def _noise(privacy: PrivacySettings) -> float:
+    """z; 0 without a mechanism."""
+    return 0.0 if privacy.mechanism == "none" else _multiplier(privacy)
