@@ -23,6 +23,8 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from numpy.typing import NDArray
 
+from fedoppu.common.epoch_fields import answer_values, epoch_values, read_answer, read_epoch
+from fedoppu.common.epochs import EpochAnnounced, EpochAnswer
 from fedoppu.common.errors import ProtocolError
 from fedoppu.common.event_fields import (
     SIGNATURE,
@@ -47,7 +49,6 @@ from fedoppu.common.rounds import (
     CohortFixed,
     MaskedUpdate,
     RoundOpened,
-    ServerEvent,
     ShareBundle,
     SharesDelivered,
     SurvivorSignature,
@@ -69,6 +70,7 @@ from fedoppu.common.vectors import read_vector, write_vector
 
 Stage = Literal[
     "query.hello",
+    "query.roster",
     "query.keys",
     "query.shares",
     "train.masked",
@@ -78,6 +80,7 @@ Stage = Literal[
     "train.plain",
 ]
 HELLO: Stage = "query.hello"
+ROSTER: Stage = "query.roster"
 PLAIN: Stage = "train.plain"
 SEALED: Stage = "train.sealed"
 ROUND: tuple[Stage, ...] = (
@@ -165,8 +168,10 @@ class PlainUpdate:
 
 
 Whole = SealedTraining | PlainTraining  # a round in one message
-Request = Opening | CohortFixed | Training | SurvivorsProposed | UnmaskRequested | Whole
-Reply = Hello | ClientEvent | SealedUpdate | PlainUpdate
+Request = (
+    EpochAnnounced | Opening | CohortFixed | Training | SurvivorsProposed | UnmaskRequested | Whole
+)
+Reply = Hello | EpochAnswer | ClientEvent | SealedUpdate | PlainUpdate
 
 
 # --- records -------------------------------------------------------------------------------------
@@ -339,6 +344,8 @@ def _request_values(request: Request) -> Mapping[str, Value]:
             return by_member("signatures", signatures)
         case SealedTraining(event, config) | PlainTraining(event, config):
             return plan_values(event.plan) | {"config": config}
+        case EpochAnnounced():
+            return epoch_values(request)
 
 
 def write_reply(reply: Reply) -> RecordDict:
@@ -346,6 +353,8 @@ def write_reply(reply: Reply) -> RecordDict:
     match reply:
         case Hello(member):
             return _record({"member": member})
+        case EpochAnswer():
+            return _record(answer_values(reply))
         case Advert():
             return _record(advert_values(reply))
         case ShareBundle():
@@ -370,6 +379,7 @@ def write_reply(reply: Reply) -> RecordDict:
 
 
 _REQUESTS: Mapping[Stage, Callable[[str, RecordDict], Request]] = {
+    "query.roster": lambda where, content: read_epoch(_open(where, content)),
     "query.keys": _read_opening,
     "query.shares": lambda where, content: read_cohort(_open(where, content)),
     "train.masked": _read_training,
@@ -380,6 +390,7 @@ _REQUESTS: Mapping[Stage, Callable[[str, RecordDict], Request]] = {
 }
 _REPLIES: Mapping[Stage, Callable[[str, RecordDict], Reply]] = {
     "query.hello": _read_hello,
+    "query.roster": lambda where, content: read_answer(_open(where, content)),
     "query.keys": lambda where, content: read_advert(_open(where, content)),
     "query.shares": lambda where, content: read_bundle(_open(where, content)),
     "train.masked": _read_masked,
@@ -480,8 +491,3 @@ def _size(value: object) -> int:
     if isinstance(value, list):
         return sum(_size(entry) for entry in value)
     return len(value) if isinstance(value, bytes | str) else 8
-
-
-def is_server_event(request: Request) -> ServerEvent:
-    """The protocol's event inside a request."""
-    return request.event if isinstance(request, Opening | Training | Whole) else request

@@ -29,7 +29,6 @@ from fedoppu.common.messages import (
     PlainTraining,
     PlainUpdate,
     Training,
-    is_server_event,
     read_reply,
     read_request,
     write_reply,
@@ -204,7 +203,7 @@ def test_plain_messages_come_back(
     request = PlainTraining(RoundOpened(PLAN), b"{}", vector)
     read = read_request("train.plain", travelled(write_request(request)))
     assert isinstance(read, PlainTraining)
-    assert is_server_event(read) == request.event
+    assert read.event == request.event
 
 
 def advert_record(**changes: Any) -> RecordDict:
