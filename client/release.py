@@ -3,22 +3,27 @@
 Nothing else may build a message from model data; the one exception is `train.plain`, research only,
 which takes of this module the clip alone.
 
-The steps, in this order and nothing after them: clip the L2 norm, scale by weight / max_weight,
-clamp to the range, round at random, wrap. A rotation belongs between clip and scale; integer noise
-between round and wrap.
+The steps, in this order and nothing after them: clip the L2 norm, rotate, scale by weight / max_weight, clamp to the
+range, round at random, add integer noise, wrap.
 
-Guarantees: a client's update has L2 norm at most plan.clip (to float32 precision) before it is
-scaled down, whatever its data; every word is within what the plan's overflow bound assumes; the
-weight, the loss and the counts travel nowhere else. The unit of privacy is the user: one vector a
-round.
-Not guaranteed: anything about the sum. It is exact, and without noise a sum of few leaks.
+Guarantees: a client's update has L2 norm at most plan.clip before it is rotated and scaled down, whatever its data;
+every word is within what the plan's overflow bound assumes; the weight, the loss and the counts travel nowhere else.
+With differential privacy (a plan without metrics): every element is inside the one clipped vector, its weight is one or
+zero, and the L2 norm of its *integers*, counted from the level of zero, is at most `sensitivity(plan)`; where the plan
+has a noise scale, each coordinate carries discrete Gaussian noise of it, under a key that the server does not have. The
+unit of privacy is the user: one vector a round.
+Not guaranteed: anything about a sum without noise. It is exact, and a sum of few leaks.
 """
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedoppu.client.jobs import LocalUpdate
 from fedoppu.common.errors import ClientFailed, ProtocolError, RefusedByPolicy
+from fedoppu.common.integer_noise import discrete_gaussian
+from fedoppu.common.privacy import sensitivity
 from fedoppu.common.quantization import (
     CLIPPED,
     LOSS,
@@ -31,9 +36,13 @@ from fedoppu.common.quantization import (
     write_scalars,
 )
 from fedoppu.common.randomness import Randomness
+from fedoppu.common.rotation import rotate
 from fedoppu.common.rounds import RoundPlan, Words
 
 Vector = NDArray[np.float32]
+DIVERGED = "lower shared.training.learning_rate or clip_norm"
+_CHUNK = 1 << 15
+_NORM_ERROR = 2.0**-40  # relative, far above that of `_norm`
 
 
 def release(update: LocalUpdate, plan: RoundPlan, dither: Randomness) -> Words:
@@ -42,30 +51,42 @@ def release(update: LocalUpdate, plan: RoundPlan, dither: Randomness) -> Words:
     Args:
         update: Of this plan's attempt.
         plan: The attempt's plan.
-        dither: Root of the rounding: the run's in a simulation, the vault's on a device. The stream
-            is AES-CTR under a key for this context, so that no two attempts share one.
+        dither: Root of rounding and noise, which the server must not be able to guess: the run's in a simulation, a
+            secret of the vault on a device. Both are AES-CTR streams under keys for this context, so that no two
+            attempts share one.
 
     Raises:
         ProtocolError: The update was made for another context or has another length.
         ClientFailed: The update or the loss is not finite.
-        RefusedByPolicy: The plan asks for noise, which this door cannot add.
+        RefusedByPolicy: The plan is private, but has weights or metrics, which would lie outside of the one clipped
+            vector.
     """
     _require_fit(update, plan)
-    weight = min(update.weight, plan.max_weight)
-    clipped = clip(update.vector, plan.clip)
-    scaled = scale(clipped, weight, plan.max_weight)
-    clamped, beyond = clamp(scaled, plan.value_range)
-    layout = VectorLayout.of(plan)
-    key = dither.secret("dither", plan.context)
-    levels = round_to_levels(clamped, layout, key=key)
-    scalars = write_scalars(layout, {WEIGHT: weight, CLIPPED: beyond, **_loss(update)})
-    return np.concatenate([levels, scalars])
+    _require_one_vector(plan)
+    weight, layout = min(update.weight, plan.max_weight), VectorLayout.of(plan)
+    rotated = rotate(clip(update.vector, plan.clip), plan.rotation)
+    clamped, beyond = clamp(scale(rotated, weight, plan.max_weight), plan.value_range)
+    levels = round_to_levels(clamped, layout, key=dither.secret("dither", plan.context))
+    if plan.metrics:
+        scalars = {WEIGHT: weight, CLIPPED: beyond, **_loss(update)}
+        return np.concatenate([levels, write_scalars(layout, scalars)])
+    shorten(levels, layout.middle, sensitivity(plan))
+    key = dither.secret("noise", plan.context)
+    # modulo 2^word_bits, noise below zero too
+    levels += discrete_gaussian(key, plan.noise_scale, plan.num_params).astype(layout.dtype)
+    return levels
 
 
 def clip(vector: Vector, bound: float) -> Vector:
-    """Scales a vector down to an L2 norm of at most `bound`; a shorter one stays as it is."""
-    norm = float(np.sqrt(np.sum(np.square(vector, dtype=np.float64))))
-    return vector if norm <= bound else (vector * (bound / norm)).astype(np.float32)
+    """Scales a vector down to an L2 norm of at most `bound`; a shorter one stays as it is.
+
+    Raises:
+        ClientFailed: A coordinate is not finite.
+    """
+    norm = _norm(vector)
+    if not math.isfinite(norm):  # squares of finite float32 do not overflow float64
+        raise ClientFailed("the update is not finite: training diverged", hint=DIVERGED)
+    return vector if norm <= bound else vector * np.float32(bound / norm)
 
 
 def scale(vector: Vector, weight: int, max_weight: int) -> Vector:
@@ -77,6 +98,26 @@ def clamp(vector: Vector, bound: float) -> tuple[Vector, int]:
     """Each coordinate within +- bound, and how many were not."""
     beyond = int(np.count_nonzero(np.abs(vector) > bound))
     return (np.clip(vector, -bound, bound) if beyond else vector), beyond
+
+
+def shorten(levels: Words, middle: int, bound: float) -> None:
+    """Moves levels toward zero, in place, until their L2 norm, counted from `middle`, is at most `bound`.
+
+    The norm was bounded before rotation and rounding, in floating point; noise is scaled to the integers, which must
+    hold the bound exactly. So the limit is less than the bound by more than the error of this norm.
+    """
+    limit = bound * (1 - _NORM_ERROR)
+    norm = _norm(levels, middle)
+    if norm > limit:
+        centred = (levels.astype(np.float64) - middle) * (limit / norm * (1 - _NORM_ERROR))
+        levels[:] = np.trunc(centred) + middle
+
+
+def _norm(values: NDArray[np.generic], zero: int = 0) -> float:
+    """L2 norm of values - zero in double precision, in chunks that a cache holds."""
+    chunks = (values[start : start + _CHUNK] for start in range(0, values.size, _CHUNK))
+    centred = (chunk.astype(np.float64) - zero for chunk in chunks)
+    return math.sqrt(math.fsum(np.square(chunk, out=chunk).sum() for chunk in centred))
 
 
 def _loss(update: LocalUpdate) -> dict[str, int]:
@@ -97,15 +138,20 @@ def _require_fit(update: LocalUpdate, plan: RoundPlan) -> None:
         raise ProtocolError(
             f"the update must have shape ({plan.num_params},), got {update.vector.shape}"
         )
-    if plan.noise_scale != 0:
-        raise RefusedByPolicy(
-            f"the plan asks for noise of scale {plan.noise_scale:g}, which this client cannot add"
-        )
     if update.weight < 0:
         raise ProtocolError(f"an update's weight must be at least 0, got {update.weight}")
     loss = update.held_out_loss
-    if not np.isfinite(update.vector).all() or (loss is not None and not np.isfinite(loss)):
-        raise ClientFailed(
-            "the update or its held-out loss is not finite: training diverged",
-            hint="lower shared.training.learning_rate or clip_norm",
+    if loss is not None and not math.isfinite(loss):
+        raise ClientFailed("the held-out loss is not finite: training diverged", hint=DIVERGED)
+
+
+def _require_one_vector(plan: RoundPlan) -> None:
+    """With differential privacy nothing travels outside of the one clipped, noised vector (rule 14)."""
+    if plan.noise_scale != 0 and plan.metrics:
+        raise RefusedByPolicy(
+            f"the plan asks for noise of scale {plan.noise_scale:g} beside metrics without any"
+        )
+    if not plan.metrics and plan.max_weight != 1:
+        raise RefusedByPolicy(
+            f"the plan has no metrics, so every client weighs the same, but its max_weight is {plan.max_weight}"
         )

@@ -5,10 +5,15 @@ M = 2^(level_bits - 1) - 1, rounded up or down at random so that its expectation
 level of its own. Scalars (the weight, the held-out loss, counts) travel in the same vector as limbs
 of 8 bits, one element each, so that a server sees their sums alone (rules 10 and 11).
 
+With differential privacy no scalar travels, and each client may have added integer noise: then a total
+may also lie outside the levels, by at most `noise_tail`.
+
 Guarantee: no element of a sum of n vectors reaches 2^word_bits (`require_no_overflow`, checked for
-the plan before a round), so a sum modulo 2^word_bits is the exact sum.
+the plan before a round), so a sum modulo 2^word_bits is the exact sum; with noise this fails for any
+element of the vector with probability below 2^-40.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,12 +23,14 @@ from numpy.typing import NDArray
 from fedoppu.common.config import EncodingSettings, require
 from fedoppu.common.errors import RoundAborted, UsageError
 from fedoppu.common.masking import random_words
+from fedoppu.common.rotation import rotate_back
 from fedoppu.common.rounds import RoundPlan, Words
 
 LIMB_BITS = 8
 LIMB_MAX = 2**LIMB_BITS - 1
 LOSS_MAX = 16.0  # nats a token; a uniform guess among 2^23 tokens
 LOSS_LEVELS = 2**16 - 1
+WRAP_BITS = 40  # noise wraps round in any element with probability below 2^-40
 WEIGHT, LOSS, LOSS_COUNT, CLIPPED = "weight", "held_out_loss", "held_out_count", "clipped"
 
 
@@ -60,13 +67,14 @@ class VectorLayout:
 
     @classmethod
     def of(cls, plan: RoundPlan) -> "VectorLayout":
-        """The layout of a plan's vectors."""
-        scalars = (
+        """The layout of a plan's vectors; without metrics there are no scalars."""
+        metrics = (
             Scalar(WEIGHT, plan.max_weight),
             Scalar(LOSS, LOSS_LEVELS),
             Scalar(LOSS_COUNT, 1),
             Scalar(CLIPPED, plan.num_params),
         )
+        scalars = metrics if plan.metrics else ()
         return cls(plan.num_params, scalars, plan.word_bits, plan.level_bits, plan.value_range)
 
     @property
@@ -108,17 +116,37 @@ class DecodedSum:
 def require_no_overflow(plan: RoundPlan | EncodingSettings, members: int) -> None:
     """Checks that the sum of `members` vectors stays below 2^word_bits in each element.
 
+    With noise: that n (2^level_bits - 1) + 2 `noise_tail` does (rule 10 of the spec of secure aggregation).
+
     Raises:
         UsageError: It may not; the message names the bound and the remedy.
     """
     most = max(2**plan.level_bits - 1, LIMB_MAX)
-    fits = (2**plan.word_bits - 1) // most
-    if members > fits:
+    noise = 2 * noise_tail(plan, members) if isinstance(plan, RoundPlan) else 0
+    bound = 2**plan.word_bits - 1
+    if members * most + noise > bound:
+        held = f"which hold sums of at most {bound // most}"
         raise UsageError(
-            f"{members} members with {plan.level_bits}-bit levels overflow {plan.word_bits}-bit "
-            f"words, which hold sums of at most {fits}",
-            hint="set encoding.word_bits=32, lower encoding.level_bits, or ask fewer members",
+            f"{members} members with {plan.level_bits}-bit levels overflow {plan.word_bits}-bit words, "
+            + (
+                f"{held}, and with noise up to {noise} of their {bound + 1} values"
+                if noise
+                else held
+            ),
+            hint="set encoding.word_bits=32, lower encoding.level_bits, or ask fewer members"
+            + (", or lower privacy.noise_multiplier" if noise else ""),
         )
+
+
+def noise_tail(plan: RoundPlan, members: int) -> int:
+    """How far the noise of `members` clients may carry a total, in levels; 0 without noise.
+
+    tau sigma with sigma = sqrt(members) * noise_scale and tau^2 = 2 ln(2^41 num_params): a sum of discrete Gaussians
+    is subgaussian (Canonne, Kamath and Steinke 2020, https://arxiv.org/abs/2004.00010), so P(|noise| > tau sigma) <=
+    2 exp(-tau^2 / 2) for one element, and at most 2^-40 over all.
+    """
+    deviations = math.sqrt(2 * ((WRAP_BITS + 1) * math.log(2) + math.log(plan.num_params)))
+    return math.ceil(deviations * math.sqrt(members) * plan.noise_scale)
 
 
 def round_to_levels(values: NDArray[np.float32], layout: VectorLayout, *, key: bytes) -> Words:
@@ -179,7 +207,9 @@ def read_scalars(layout: VectorLayout, words: Words, *, survivors: int) -> dict[
 def decode_sum(
     words: Words, plan: RoundPlan, survivors: Sequence[int], *, floor: int | None = None
 ) -> DecodedSum:
-    """The weighted mean update and the metrics of a sum.
+    """The weighted mean update and the metrics of an exact sum, of a plan with metrics.
+
+    With differential privacy there are none: `decode_levels`, the server's noise if any, `mean_of_levels`.
 
     Args:
         words: (length,) exact sum modulo 2 ** word_bits.
@@ -191,18 +221,17 @@ def decode_sum(
     Raises:
         RoundAborted: A total is outside [0, n max], so some client sent what it must not; or the
             vector has another length than the plan's.
+        UsageError: The plan has no metrics.
     """
-    layout, count = VectorLayout.of(plan), len(survivors)
-    if words.shape != (layout.length,):
-        raise RoundAborted(f"the sum has {words.shape} words, the plan's has ({layout.length},)")
-    levels = words[: layout.num_params]
-    if levels.size:
-        _require_range("coordinate", int(levels.max()), count * 2 * layout.middle)
-    totals = read_scalars(layout, words, survivors=count)
+    if not plan.metrics:
+        raise UsageError("the plan has no metrics: decode its levels, and divide by a fixed number")
+    centred = decode_levels(words, plan, survivors)
+    totals = read_scalars(VectorLayout.of(plan), words, survivors=len(survivors))
     weight, losses = totals[WEIGHT], totals[LOSS_COUNT]
     shown = losses >= (plan.min_cohort if floor is None else floor) and losses > 0
     return DecodedSum(
-        mean_update=_mean(levels, layout, count, max_weight=plan.max_weight, total=weight),
+        # each client sent update * weight / max_weight
+        mean_update=mean_of_levels(centred, plan, divisor=weight / plan.max_weight),
         total_weight=weight,
         held_out_loss=totals[LOSS] / losses / LOSS_LEVELS * LOSS_MAX if shown else None,
         held_out_clients=losses if shown else 0,
@@ -210,15 +239,50 @@ def decode_sum(
     )
 
 
-def _mean(
-    levels: Words, layout: VectorLayout, count: int, *, max_weight: int, total: int
+def decode_levels(words: Words, plan: RoundPlan, survivors: Sequence[int]) -> NDArray[np.int64]:
+    """The sum of the clients' coordinates, in levels from the level of zero, still rotated.
+
+    Args:
+        words: (length,) exact sum modulo 2 ** word_bits.
+        plan: Of the round.
+        survivors: Members whose vectors are in it.
+
+    Returns:
+        (num_params,) int64, within +- (n M + `noise_tail`).
+
+    Raises:
+        RoundAborted: A total is out of that reach, so some client sent what it must not; or the vector has another
+            length than the plan's.
+    """
+    layout, count = VectorLayout.of(plan), len(survivors)
+    if words.shape != (layout.length,):
+        raise RoundAborted(f"the sum has {words.shape} words, the plan's has ({layout.length},)")
+    tail = noise_tail(plan, count)
+    # moved up by the tail, modulo 2^word_bits, a total below zero is small and not near the modulus
+    totals = (words[: layout.num_params] + layout.dtype.type(tail)).astype(np.int64)
+    if totals.size:
+        _require_range("coordinate", int(totals.max()) - tail, count * 2 * layout.middle + tail)
+    totals -= tail + count * layout.middle
+    return totals
+
+
+def mean_of_levels(
+    totals: NDArray[np.int64], plan: RoundPlan, *, divisor: float
 ) -> NDArray[np.float32]:
-    """Each client sent update * weight / max_weight; the mean divides by the sum of the weights."""
-    if total == 0:
-        return np.zeros(layout.num_params, np.float32)
-    centred = levels.astype(np.float64) - count * layout.middle
-    centred *= layout.value_range / layout.middle * max_weight / total
-    return centred.astype(np.float32)
+    """The mean update of centred totals, rotated back.
+
+    Args:
+        totals: (num_params,) int64, of `decode_levels`, with the server's noise if it adds any.
+        plan: Of the round.
+        divisor: Clients at full weight: the sum of weight / max_weight, or with differential privacy the fixed q N.
+
+    Returns:
+        (num_params,) float32; zeros if the divisor is 0.
+    """
+    if divisor == 0:
+        return np.zeros(plan.num_params, np.float32)
+    level = plan.value_range / VectorLayout.of(plan).middle
+    return rotate_back((totals * (level / divisor)).astype(np.float32), plan.rotation)
 
 
 def _require_range(name: str, total: int, most: int) -> None:
