@@ -7,7 +7,6 @@ The values were chosen on base users, never on those who are scored; the paper's
 import math
 from dataclasses import dataclass, replace
 
-from fedoppu.common.accounting import calibrate
 from fedoppu.common.adapters import AdapterSpec
 from fedoppu.common.base import BaseFacts
 from fedoppu.common.config import (
@@ -22,6 +21,7 @@ from fedoppu.common.config import (
     TrainingSettings,
 )
 from fedoppu.common.errors import UsageError
+from fedoppu.common.privacy import Participation, needed_multiplier, require_cohorts
 from fedoppu.common.shared_adapter import travelling
 
 SMALL = 20_000_000
@@ -127,7 +127,14 @@ def federation(
     if privacy.mechanism != "none":
         shared = replace(shared, max_weight=1)
         encoding = _private_encoding(encoding, shared, base)
-        privacy = resolve_privacy(privacy, rounds=rounds, cohort=cohort, members=base_users)
+        planned = Participation(
+            members=base_users,
+            cohort=cohort,
+            floor=run.thresholds.floor + run.thresholds.corrupt,
+            rounds=rounds,
+            most=math.ceil(rounds / privacy.separation),
+        )
+        privacy = resolve_privacy(privacy, planned)
     return FederationConfig(
         task=task,
         k=k,
@@ -167,17 +174,16 @@ def check_privacy(run: RunConfig) -> None:
                 f"privacy.{given[0]} is set, but privacy.mechanism is none",
                 hint="set privacy.mechanism to central, distributed or dp_ftrl",
             )
+        if privacy.sampling == "poisson":
+            raise UsageError(
+                "privacy.sampling=poisson amplifies nothing without a privacy.mechanism",
+                hint="set privacy.mechanism, or privacy.sampling=fixed",
+            )
         return
     if run.research.plain_updates:
         raise UsageError(
             "research.plain_updates cannot be private: the server would see each update in clear",
             hint="set privacy.mechanism=none or research.plain_updates=false",
-        )
-    if privacy.epsilon is None and privacy.noise_multiplier is None:
-        raise UsageError(
-            f"privacy.mechanism={privacy.mechanism} needs privacy.epsilon or "
-            "privacy.noise_multiplier",
-            hint="set privacy.epsilon=8 for a budget, or privacy.noise_multiplier=1 for the noise",
         )
     if privacy.mechanism == "dp_ftrl" and privacy.sampling == "poisson":
         raise UsageError(
@@ -191,40 +197,30 @@ def check_privacy(run: RunConfig) -> None:
         )
 
 
-def resolve_privacy(
-    privacy: PrivacySettings, *, rounds: int, cohort: int, members: int
-) -> PrivacySettings:
+def resolve_privacy(privacy: PrivacySettings, planned: Participation) -> PrivacySettings:
     """The settings with a noise multiplier: as set, or the least that keeps all rounds within epsilon.
+
+    Distributed noise under Poisson sampling counts as amplified, because the server tops it up to the same variance in
+    every round (server/privacy.py).
 
     Args:
         privacy: With a mechanism, and with epsilon or a noise multiplier.
-        rounds: Of the shared phase.
-        cohort: Expected members in a round.
-        members: Of the federation.
+        planned: Of all rounds.
 
     Raises:
-        UsageError: No noise is enough, or the groups of dp_ftrl are smaller than a cohort.
+        UsageError: Neither is set or no noise is enough; the groups of dp_ftrl are smaller than a cohort; or Poisson
+            cohorts are too likely to be too small.
     """
-    if members // privacy.separation < cohort:
+    if planned.members // privacy.separation < planned.cohort:
         raise UsageError(
             f"privacy.separation={privacy.separation} makes groups of "
-            f"{members // privacy.separation} of {members} members, a cohort has {cohort}",
+            f"{planned.members // privacy.separation} of {planned.members} members, a cohort has "
+            f"{planned.cohort}",
             hint="lower cohort or privacy.separation, or take more base users",
         )
-    if privacy.noise_multiplier is not None or privacy.epsilon is None:
-        return privacy
-    multiplier = calibrate(
-        privacy.epsilon,
-        privacy.delta,
-        rate=sampling_rate(privacy, cohort=cohort, members=members),
-        compositions=max(math.ceil(rounds / privacy.separation), 1),
-    )
-    return replace(privacy, noise_multiplier=multiplier)
-
-
-def sampling_rate(privacy: PrivacySettings, *, cohort: int, members: int) -> float:
-    """Chance of a member to be in a round, where it is drawn by itself; 1 where no amplification is claimed."""
-    return cohort / members if privacy.sampling == "poisson" else 1.0
+    if privacy.sampling == "poisson":
+        require_cohorts(planned, privacy.delta)
+    return replace(privacy, noise_multiplier=needed_multiplier(privacy, planned, steady=True))
 
 
 def _private_encoding(

@@ -39,7 +39,7 @@ class ChargeLedger:
         """Keep where the file is."""
         self._path = folder / CHARGES
 
-    def charges(self, committed: int) -> tuple[Charge, ...]:
+    def all(self, committed: int) -> tuple[Charge, ...]:
         """All charges.
 
         Args:
@@ -48,19 +48,22 @@ class ChargeLedger:
         Raises:
             DataError: The file was changed or is lost; going on would exceed the budget unseen.
         """
-        try:
-            rows = json.loads(self._path.read_bytes()) if self._path.exists() else []
-            found = tuple(Charge(**row) for row in rows)
-        except (ValueError, TypeError):
-            found = ()
-            committed = max(committed, 1)
-        if len({charge.round for charge in found}) < committed:
+        found = self._read()
+        if found is None or len({charge.round for charge in found}) < committed:
             raise DataError(
-                f"{self._path} does not hold the {committed} rounds that were committed; without it "
-                "the privacy budget could be exceeded",
+                f"{self._path} is malformed or lacks some of the {committed} committed rounds; "
+                "without it the privacy budget could be exceeded",
                 hint="restore the file, or begin a new run in another folder",
             )
         return found
+
+    def _read(self) -> tuple[Charge, ...] | None:
+        if not self._path.exists():
+            return ()
+        try:
+            return tuple(Charge(**row) for row in json.loads(self._path.read_bytes()))
+        except (ValueError, TypeError):
+            return None
 
     def add(self, charge: Charge, before: tuple[Charge, ...]) -> tuple[Charge, ...]:
         """Makes a charge durable before it returns; one that is there already changes nothing.

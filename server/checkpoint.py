@@ -3,6 +3,7 @@
     rounds/0001/shared.npy    the shared adapter after round 1: all factors in one vector
     rounds/0001/round.json    the record of the round, and what the next one starts from
     rounds/attempt.json       the attempt under way (spec of secure aggregation, rule 5)
+    rounds/private/0001.json  where the cohort is not published: the whole record, for the operator alone
 
 Guarantee: a round is there whole or not at all, whenever the process is killed; an attempt number
 that was begun is never used again, and nobody who was asked to unmask is forgotten.
@@ -24,7 +25,7 @@ from fedoppu.common.errors import DataError, ProtocolError, UsageError
 from fedoppu.common.vectors import read_vector, write_vector
 from fedoppu.server.metrics import RoundRecord
 
-RECORD, VECTOR, ATTEMPT = "round.json", "shared.npy", "attempt.json"
+RECORD, VECTOR, ATTEMPT, PRIVATE = "round.json", "shared.npy", "attempt.json", "private"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,17 @@ class CheckpointStore:
             (folder / VECTOR).write_bytes(write_vector(spec.flatten(checkpoint.adapter.tensors)))
             head = {"run_id": checkpoint.run_id, "config_hash": checkpoint.config_hash}
             (folder / RECORD).write_text(json.dumps(head | {"record": record.as_data()}, indent=1))
+
+    def keep_private(self, record: RoundRecord) -> None:
+        """Makes durable, for the operator alone, who took part in a round that is about to be committed.
+
+        Nothing reads it: liars and members that dropped are named here and nowhere else.
+        """
+        folder = self.folder / PRIVATE
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        commit_file(
+            folder / f"{record.round:04d}.json", json.dumps(record.as_data(), indent=1).encode()
+        )
 
     def rounds(self) -> tuple[int, ...]:
         """Numbers of the committed rounds, ascending."""

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedoppu.common.config import FederationConfig
 from fedoppu.common.errors import UsageError
 from fedoppu.common.randomness import Randomness
 
@@ -105,3 +106,18 @@ class CyclicSampler:
         block, place = divmod(member, self.separation)
         order = randomness.stream("cohort groups", block).permutation(self.separation)
         return int(order[place])
+
+
+def sampler_of(config: FederationConfig, members: int) -> CohortSampler:
+    """The sampler that a config's privacy assumes.
+
+    Args:
+        config: Of the federation.
+        members: In the roster.
+    """
+    privacy = config.privacy
+    if privacy.mechanism == "dp_ftrl":
+        return CyclicSampler(config.cohort, privacy.separation)
+    if privacy.sampling == "poisson":
+        return PoissonSampler(config.cohort / members)
+    return UniformSampler(config.cohort)

@@ -19,7 +19,7 @@ from typing import Any
 from fedoppu.common.privacy import PrivacySpent
 
 MEMBERS = ("cohort", "survivors", "aborted")
-EPSILONS = ("released", "server")
+EPSILONS = ("released", "server", "peers")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,10 @@ Guarantee: every choice is a function of root, round, attempt and members; sums 
 same root gives the same bytes whatever the transport, the order of replies or the node ids. A round
 is committed whole. Members that were asked to unmask in an attempt that failed sit out until the
 model has changed (spec of secure aggregation, rule 5).
+
+With differential privacy (rule 14) an attempt is charged, durably, before anybody is asked for a
+masked vector, and none is begun that the budget does not allow. Nothing that is computed from an
+exact sum is kept: the sum is noised in place before anything reads it (server/privacy.py).
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,11 +18,12 @@ from numpy.typing import NDArray
 from fedoppu.common.adapters import Adapter
 from fedoppu.common.agreed import agreed
 from fedoppu.common.errors import DataError, RoundAborted
-from fedoppu.common.quantization import require_no_overflow
+from fedoppu.common.privacy import PrivacySpent
 from fedoppu.common.rounds import Exchange, RoundPlan
 from fedoppu.common.shared_adapter import apply_mean, sent_down, travelling
 from fedoppu.common.thresholds import plan_thresholds
 from fedoppu.server.attempt import Attempt, Outcome
+from fedoppu.server.charges import Charge
 from fedoppu.server.checkpoint import AttemptState, RoundCheckpoint
 from fedoppu.server.exchange import Exchanger
 from fedoppu.server.metrics import RoundRecord, RoundTiming
@@ -26,6 +31,9 @@ from fedoppu.server.ranges import next_range
 from fedoppu.server.runtime import ServerRuntime
 from fedoppu.server.secagg import SecAggServer
 from fedoppu.server.tally import Tally
+
+# exchanges that bring masked vectors
+MASKED = ("train.masked", "train.sealed")
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,11 @@ class Rounds:
     runtime: ServerRuntime = field(repr=False)
     exchanger: Exchanger = field(repr=False)
 
-    def run(self, standing: Standing) -> Standing:
+    def run(self, standing: Standing) -> Standing | None:
         """One round, in as many attempts as it takes and the configuration allows.
+
+        Returns:
+            Where the federation stands after it; None if the privacy budget allows no attempt more.
 
         Raises:
             RoundAborted: No attempt succeeded, or too few members may still be asked.
@@ -78,6 +89,8 @@ class Rounds:
         for _ in range(self.runtime.config.thresholds.attempts):
             if not state.machine:
                 state = self._next(state)
+            if not self._affords(state):
+                return None
             tally.begin(state.attempt)
             try:
                 attempt = self._attempt(standing, state, tally)
@@ -157,6 +170,7 @@ class Rounds:
             exchanger=self.exchanger,
             tally=tally,
             tolerate_failures=self.runtime.tolerate_failures,
+            decode=self.runtime.privacy.decode,
         )
 
     def _plan(self, standing: Standing, state: AttemptState) -> RoundPlan:
@@ -169,15 +183,16 @@ class Rounds:
             config_hash=config.hash().hex(),
             roster_hash=self.runtime.roster.hash(),
             model_hash=adapter.digest(),
-            value_range=float(standing.value_range),
             threshold=limits.threshold,
             neighbours=limits.neighbours,
             min_cohort=limits.min_cohort,
             max_drops=limits.max_drops,
-            **agreed(config, adapter.spec, state.round),
+            **(
+                {"value_range": float(standing.value_range)}
+                | agreed(config, adapter.spec, state.round)
+            ),
         )
-        require_no_overflow(plan, len(state.cohort))
-        return plan
+        return self.runtime.privacy.complete(plan, len(state.cohort))
 
     def _outcome(self, attempt: Attempt, state: AttemptState) -> Outcome:
         if self.runtime.config.plain_updates:
@@ -185,6 +200,8 @@ class Rounds:
         machine = self._machine(attempt.plan, state)
 
         def before(machine: SecAggServer) -> None:
+            if machine.stage in MASKED:
+                self._charge(state)
             if machine.stage is Exchange.UNMASK:
                 asked = tuple(out.member for out in machine.pending())
                 self.runtime.attempts.save(replace(state, asked=asked, machine=machine.dump()))
@@ -205,6 +222,30 @@ class Rounds:
             )
         return machine
 
+    # --- the budget ------------------------------------------------------------------------------
+
+    def _charges(self, number: int) -> tuple[Charge, ...]:
+        """All that was charged before or in a round; the rounds before it are committed."""
+        return self.runtime.charges.all(committed=number - 1)
+
+    def _affords(self, state: AttemptState) -> bool:
+        """Whether an attempt may be begun; one that was charged before a crash is paid already."""
+        if self.runtime.config.privacy.mechanism == "none" or len(state.cohort) < self._least:
+            return True
+        charges, own = self._charges(state.round), _charge_of(state)
+        rounds = [charge.round for charge in charges]
+        return own in charges or self.runtime.privacy.affords([*rounds, state.round])
+
+    def _charge(self, state: AttemptState) -> None:
+        """Durable before it returns, whatever becomes of the attempt."""
+        if self.runtime.config.privacy.mechanism != "none":
+            self.runtime.charges.add(_charge_of(state), self._charges(state.round))
+
+    def _spent(self, number: int) -> PrivacySpent | None:
+        if self.runtime.config.privacy.mechanism == "none":
+            return None
+        return self.runtime.privacy.spent([charge.round for charge in self._charges(number)])
+
     # --- the commit ------------------------------------------------------------------------------
 
     def _commit(
@@ -219,11 +260,20 @@ class Rounds:
         factors = travelling(self.runtime.config.shared.aggregation, plan.round)
         adapter = apply_mean(standing.adapter, outcome.mean, factors)
         record = _record(state, plan, outcome, tally=tally, model_hash=adapter.digest())
+        record = replace(record, privacy=self._spent(state.round))
+        timing = RoundTiming(state.round, tuple(tally.stages))
+        if self.runtime.config.privacy.sampling == "poisson":
+            self.runtime.checkpoints.keep_private(record)
+            record, timing = record.published(), RoundTiming(state.round, ())
         checkpoint = RoundCheckpoint(state.run_id, plan.config_hash, adapter, record)
         self.runtime.checkpoints.commit(checkpoint)
         self.runtime.attempts.save(AttemptState(state.run_id, state.round + 1, attempt=-1))
-        self.runtime.progress(record, RoundTiming(state.round, tuple(tally.stages)))
+        self.runtime.progress(record, timing)
         return Standing(state.round, adapter, record.next_range, state.run_id)
+
+
+def _charge_of(state: AttemptState) -> Charge:
+    return Charge(state.run_id, state.round, state.attempt)
 
 
 def _record(
@@ -268,4 +318,10 @@ def _range_after(
         return plan.value_range
     # what was released is the update times weight / max_weight
     released = mean * (outcome.weight / plan.max_weight)
-    return next_range(plan.value_range, share, total=released, clients=len(outcome.survivors))
+    return next_range(
+        plan.value_range,
+        share,
+        total=released,
+        clients=len(outcome.survivors),
+        level_bits=plan.level_bits,
+    )

@@ -10,10 +10,12 @@ from fedoppu.common.adapters import Adapter
 from fedoppu.common.config import FederationConfig
 from fedoppu.common.randomness import Randomness
 from fedoppu.common.roster import Roster
+from fedoppu.server.charges import ChargeLedger
 from fedoppu.server.checkpoint import AttemptLog, Attempts, CheckpointStore, MemoryAttempts
-from fedoppu.server.cohort import CohortSampler, UniformSampler
+from fedoppu.server.cohort import CohortSampler, sampler_of
 from fedoppu.server.directory import Directory
 from fedoppu.server.metrics import RoundRecord, RoundTiming
+from fedoppu.server.privacy import PrivacyMechanism, privacy_of
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[RoundRecord, RoundTiming], None]
@@ -31,14 +33,16 @@ class ServerRuntime:
         config: What all parties agree on.
         initial: The shared adapter before the first round: `initial_shared` of the config.
         roster: All members.
-        randomness: Root of the cohorts: the run's seed in a simulation, a secret on a server.
+        randomness: Root of the cohorts and of the server's noise: the run's seed in a simulation, a
+            secret on a server.
         directory: Finds the members on a Grid.
         folder: Gets a folder for each committed round.
         run_id: Hex, fresh for a run; a resumed run keeps the one that it began with.
         progress: Is told of each committed round; first of those from before a restart, without
             their times.
         warn: Is told what weakens a promise.
-        sampler: Of the cohorts; uniform of `config.cohort` by default.
+        sampler: Of the cohorts; by default the one that the config's privacy assumes.
+        stopped: Is told why a run ends before its last round.
         deadline: Seconds that a stage waits for replies.
         poll: Seconds between two looks for replies.
         replays: True in a simulation, whose clients forget an uncommitted round with their
@@ -56,6 +60,7 @@ class ServerRuntime:
     progress: Progress = _silent
     warn: Callable[[str], None] = logger.warning
     sampler: CohortSampler | None = None
+    stopped: Callable[[str], None] = logger.info
     deadline: float = 600.0
     poll: float = 0.05
     replays: bool = False
@@ -64,7 +69,17 @@ class ServerRuntime:
     @property
     def cohorts(self) -> CohortSampler:
         """The sampler in use."""
-        return self.sampler or UniformSampler(self.config.cohort)
+        return self.sampler or sampler_of(self.config, len(self.roster.members))
+
+    @property
+    def privacy(self) -> PrivacyMechanism:
+        """The config's mechanism, with noise from this server's own root."""
+        return privacy_of(self.config, self.randomness, len(self.roster.members))
+
+    @cached_property
+    def charges(self) -> ChargeLedger:
+        """What was spent of the privacy budget."""
+        return ChargeLedger(self.folder)
 
     @cached_property
     def checkpoints(self) -> CheckpointStore:

@@ -48,7 +48,7 @@ class OppuStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Evaluate | None = None,
     ) -> Result:
-        """Runs the rounds that are not committed yet.
+        """Runs the rounds that are not committed yet, or as many as the privacy budget allows.
 
         Args:
             grid: Reaches the members.
@@ -80,7 +80,11 @@ class OppuStrategy(Strategy):
             deadline = min(timeout, self._runtime.deadline)
             rounds = Rounds(self._runtime, Exchanger(grid, nodes, deadline, self._runtime.poll))
         while standing.round < num_rounds:
-            standing = rounds.run(standing)
+            after = rounds.run(standing)
+            if after is None:
+                self._runtime.stopped(_budget_spent(standing.round, num_rounds, self._runtime))
+                break
+            standing = after
             _evaluate(result, standing, evaluate_fn)
         result.arrays = to_arrays(standing.adapter)
         return result
@@ -123,6 +127,15 @@ class OppuStrategy(Strategy):
 def to_arrays(adapter: Adapter) -> ArrayRecord:
     """An adapter as Flower arrays, by tensor name."""
     return ArrayRecord({name: Array(tensor) for name, tensor in adapter.tensors.items()})
+
+
+def _budget_spent(done: int, planned: int, runtime: ServerRuntime) -> str:
+    """Why a run ends before its last round, which is no error."""
+    privacy = runtime.config.privacy
+    return (
+        f"stopped after round {done} of {planned}: one more would exceed the privacy budget of "
+        f"epsilon {privacy.epsilon:g} (delta {privacy.delta:g})"
+    )
 
 
 def _evaluate(result: Result, standing: Standing, evaluate_fn: Evaluate | None) -> None:

@@ -1,0 +1,238 @@
+"""Differential privacy on the server: the noise in a sum, what a round costs, when a run must stop.
+
+The unit of privacy is the user: one client is one user, with one clipped vector of weight 1 a round.
+
+Guaranteed, by a server that runs this, for the config's mechanism:
+
+- The noise is added to the integer sum, in the memory that holds it, before anything else reads it:
+  the range check of the decoder, records, logs, files and the next model see the noised sum alone.
+  What is durable before that is masked (server/rounds.py).
+- The mean divides by the expected number of clients, never by the survivors.
+- Noise is a function of the server's own root and of what it is added to: the same sum gets the same
+  noise after a crash, so that two releases cannot be averaged; and no two sums share one (their
+  difference would be exact). Context and survivors name a sum; a round of dp_ftrl is named by run,
+  config and round, because its noise enters later rounds too.
+- central, and dp_ftrl: discrete Gaussian noise of z sensitivities. distributed: clients add the
+  noise; with Poisson sampling the server tops it up to a variance that is the same in every round,
+  because the variance would tell how many took part.
+
+Not guaranteed: anything against the server itself in the central modes, where it holds the exact sum
+in memory for a moment; and in a simulation, whose root is its seed: whoever knows the seed can take
+the noise off again.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedoppu.common.agreed import agreed_noise
+from fedoppu.common.config import FederationConfig
+from fedoppu.common.integer_noise import discrete_gaussian
+from fedoppu.common.privacy import (
+    Participation,
+    PrivacySpent,
+    affordable,
+    require_scales,
+    sensitivity,
+    server_noise,
+    spent,
+    top_up,
+)
+from fedoppu.common.quantization import decode_levels, mean_of_levels, require_no_overflow
+from fedoppu.common.randomness import Randomness
+from fedoppu.common.rounds import RoundPlan, SumReady
+from fedoppu.common.thresholds import allowed_drops
+from fedoppu.server.attempt import Outcome, decode_exactly
+
+Noise = NDArray[np.int64]
+
+
+class PrivacyMechanism(Protocol):
+    """What differential privacy does to a round, on the server's side."""
+
+    def complete(self, plan: RoundPlan, asked: int) -> RoundPlan:
+        """The plan with its noise scale, after a check that a sum over `asked` members fits its words.
+
+        Raises:
+            UsageError: It does not, or the noise is too small to be accounted for.
+        """
+
+    def decode(self, ready: SumReady, plan: RoundPlan) -> Outcome:
+        """Adds the server's noise to the sum, in place, and decodes what that gives.
+
+        Raises:
+            RoundAborted: A total is out of the survivors' reach.
+        """
+
+    def affords(self, rounds: Sequence[int]) -> bool:
+        """Whether attempts at these rounds, all of them charged, are within the budget."""
+
+    def spent(self, rounds: Sequence[int]) -> PrivacySpent | None:
+        """What attempts at these rounds cost together; None where there is no mechanism."""
+
+
+@dataclass(frozen=True)
+class NoPrivacy:
+    """Exact sums, which cost nothing because nothing is promised."""
+
+    def complete(self, plan: RoundPlan, asked: int) -> RoundPlan:
+        """The plan as it is.
+
+        Raises:
+            UsageError: A sum over `asked` members may overflow its words.
+        """
+        require_no_overflow(plan, asked)
+        return plan
+
+    def decode(self, ready: SumReady, plan: RoundPlan) -> Outcome:
+        """The weighted mean."""
+        return decode_exactly(ready, plan)
+
+    def affords(self, rounds: Sequence[int]) -> bool:
+        """Always."""
+        return True
+
+    def spent(self, rounds: Sequence[int]) -> PrivacySpent | None:
+        """No figure."""
+        return None
+
+
+@dataclass(frozen=True)
+class GaussianPrivacy:
+    """The mechanisms central, distributed and dp_ftrl.
+
+    Attributes:
+        config: Of the federation, with its noise multiplier.
+        randomness: The server's own root.
+        members: In the roster.
+    """
+
+    config: FederationConfig
+    randomness: Randomness
+    members: int
+
+    # --- the plan --------------------------------------------------------------------------------
+
+    def complete(self, plan: RoundPlan, asked: int) -> RoundPlan:
+        """The plan with its noise scale.
+
+        Raises:
+            UsageError: A sum over `asked` members may overflow its words, or the noise is too small.
+        """
+        complete = replace(plan, noise_scale=agreed_noise(self.config, plan))
+        total = self._total_scale(complete, asked)
+        require_scales(total, complete.noise_scale or math.inf)
+        require_no_overflow(_spread(complete, total, asked), asked)
+        return complete
+
+    # --- the sum ---------------------------------------------------------------------------------
+
+    def decode(self, ready: SumReady, plan: RoundPlan) -> Outcome:
+        """The noised sum over the expected number of clients.
+
+        Raises:
+            RoundAborted: A noised total is out of the survivors' reach.
+        """
+        survivors = ready.survivors
+        noise = self._noise(plan, survivors)
+        np.add(ready.words, noise.astype(ready.words.dtype), out=ready.words)
+        # from here on there is no exact sum any more
+        total = self._total_scale(plan, len(survivors))
+        levels = decode_levels(ready.words, _spread(plan, total, len(survivors)), survivors)
+        return Outcome(
+            mean=mean_of_levels(levels, plan, divisor=float(self.config.cohort)),
+            weight=None,
+            held_out_loss=None,
+            held_out_clients=None,
+            clipped=None,
+            survivors=survivors,
+            liars=ready.liars,
+        )
+
+    def _noise(self, plan: RoundPlan, survivors: Sequence[int]) -> Noise:
+        """(num_params,) of the server's own noise, levels."""
+        scale = self._own_scale(plan, len(survivors))
+        members = ",".join(map(str, survivors))
+        key = self.randomness.secret("server noise", plan.context, members)
+        return discrete_gaussian(key, scale, plan.num_params)
+
+    def _own_scale(self, plan: RoundPlan, survivors: int) -> float:
+        """Of the noise that the server adds, levels."""
+        if self._steady:
+            return top_up(self._steady_scale(plan), plan.noise_scale, survivors)
+        return server_noise(self.config.privacy, sensitivity(plan))
+
+    def _total_scale(self, plan: RoundPlan, survivors: int) -> float:
+        """Of all noise in a sum, levels."""
+        own = self._own_scale(plan, survivors)
+        return math.sqrt(own**2 + survivors * plan.noise_scale**2)
+
+    # --- distributed noise under Poisson sampling ------------------------------------------------
+
+    @property
+    def _steady(self) -> bool:
+        privacy = self.config.privacy
+        return privacy.mechanism == "distributed" and privacy.sampling == "poisson"
+
+    def _steady_scale(self, plan: RoundPlan) -> float:
+        """A scale that the noise of no cohort's clients exceeds, whatever its size, levels."""
+        settings = self.config.thresholds
+        corrupt, least = settings.corrupt, settings.floor + settings.corrupt
+        most = 1.0
+        for asked in range(least, self.members + 1):
+            floor = max(asked - allowed_drops(asked, settings.max_drop), least)
+            most = max(most, asked / (floor - corrupt))
+        multiplier = self.config.privacy.noise_multiplier or 0.0
+        return multiplier * sensitivity(plan) * math.sqrt(most)
+
+    # --- the budget ------------------------------------------------------------------------------
+
+    def affords(self, rounds: Sequence[int]) -> bool:
+        """Whether attempts at these rounds are within the config's epsilon; always, if it has none."""
+        part = self._participation(rounds)
+        return affordable(self.config.privacy, part, steady=self._steady)
+
+    def spent(self, rounds: Sequence[int]) -> PrivacySpent:
+        """What attempts at these rounds cost together."""
+        return spent(self.config.privacy, self._participation(rounds), steady=self._steady)
+
+    def _participation(self, rounds: Sequence[int]) -> Participation:
+        return participation(self.config, self.members, rounds)
+
+
+def participation(config: FederationConfig, members: int, rounds: Sequence[int]) -> Participation:
+    """Who takes part in attempts at some rounds, and how often at most.
+
+    In dp_ftrl members take turns: one is asked only in rounds that are equal modulo `separation`.
+    """
+    turns = Counter(number % config.privacy.separation for number in rounds)
+    return Participation(
+        members=members,
+        cohort=config.cohort,
+        floor=config.thresholds.floor + config.thresholds.corrupt,
+        rounds=len(rounds),
+        most=max(turns.values(), default=0),
+    )
+
+
+def privacy_of(config: FederationConfig, randomness: Randomness, members: int) -> PrivacyMechanism:
+    """The mechanism of a config.
+
+    Args:
+        config: Of the federation.
+        randomness: The server's own root.
+        members: In the roster.
+    """
+    if config.privacy.mechanism == "none":
+        return NoPrivacy()
+    return GaussianPrivacy(config, randomness, members)
+
+
+def _spread(plan: RoundPlan, total: float, clients: int) -> RoundPlan:
+    """The plan as if its clients alone made noise of scale `total`: the decoder's bounds follow from that."""
+    return replace(plan, noise_scale=total / math.sqrt(max(clients, 1)))
