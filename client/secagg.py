@@ -9,16 +9,14 @@ members that work with it: nobody learns more of the owner's vector than the sum
 survivor set, which has at least the policy's floor of honest members. A client
 
 - takes no plan, cohort or survivor set below its own floors;
-- follows the signed share set with its masks, whatever a peer sent;
+- follows the signed share set with its masks, whatever a peer sent, or sends no vector;
 - signs one (cohort, share set, survivor set) and reveals nothing before more than (n + c) / 2 of
   the whole cohort signed the same;
 - reveals at most one secret's share of each owner, once, and nothing outside the survivor set;
 - treats a peer's bad input as that peer's drop.
 
 Not guaranteed: that other clients' vectors are honest, and that the server publishes the true sum.
-What Python cannot promise: own key buffers are overwritten as soon as they are not needed, but
-`cryptography`, OpenSSL and the interpreter keep copies of what passed through them (hex in a dump,
-integers in secret sharing, immutable bytes), and the system may have swapped them out.
+What Python cannot promise about keys in memory is said in `client/secagg_state.py`.
 
 The caller's part: the model that was trained on must have the plan's model_hash; `last_round` must
 be stored before a message goes out; a message is sent once, or repeated byte for byte.
@@ -26,21 +24,17 @@ be stored before a message goes out; a message is sent once, or repeated byte fo
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
-from fedoppu.client.dealing import Secrets, deal, halves, open_package
+from fedoppu.client.dealing import Secrets, Taking, deal, halves
 from fedoppu.client.policy import ClientPolicy, LastRound
+from fedoppu.client.secagg_state import State, overwrite_dropped
 from fedoppu.common.cohort import Cohort, form_cohort
 from fedoppu.common.errors import ProtocolError, RefusedByPolicy, UsageError
-from fedoppu.common.masking import (
-    KeyAgreement,
-    Mask,
-    add_masks,
-    public_key,
-    self_mask,
-)
+from fedoppu.common.masking import Mask, add_masks, self_mask
+from fedoppu.common.pairwise import key_exchange
 from fedoppu.common.plain import dump_plain, load_plain
 from fedoppu.common.quantization import VectorLayout, require_no_overflow
 from fedoppu.common.roster import Roster
@@ -130,35 +124,6 @@ TRANSITIONS: Mapping[Phase, Mapping[type[InputEvent], tuple[Phase, ...]]] = {
 }
 
 
-@dataclass(frozen=True)
-class _State:
-    """Plain data. The buffers are overwritten when their use is over, and then empty.
-
-    Attributes:
-        phase: Value of the phase.
-        plan: Of the attempt.
-        channel: X25519 private key for packages.
-        mask: X25519 private key for pairwise masks.
-        seed: Self seed.
-        own: The advert that was sent.
-        adverts: The cohort.
-        dealers: The share set.
-        held: Owner: its seed share and key share, in one buffer.
-        survivors: The survivor set that was signed.
-    """
-
-    phase: str = Phase.NEW.value
-    plan: RoundPlan | None = None
-    channel: bytearray = field(default_factory=bytearray, repr=False)
-    mask: bytearray = field(default_factory=bytearray, repr=False)
-    seed: bytearray = field(default_factory=bytearray, repr=False)
-    own: Advert | None = None
-    adverts: tuple[Advert, ...] = ()
-    dealers: tuple[int, ...] = ()
-    held: Mapping[int, bytearray] = field(default_factory=dict, repr=False)
-    survivors: tuple[int, ...] = ()
-
-
 class SecAggClient:
     """One client in one attempt at one round."""
 
@@ -184,7 +149,7 @@ class SecAggClient:
         self._pins = pins
         self._policy = policy
         self._keys = keys
-        self._state = _State()
+        self._state = State(Phase.NEW.value)
         self._cohort: Cohort | None = None
 
     @property
@@ -233,7 +198,7 @@ class SecAggClient:
         state, answer = self._step(event)
         if Phase(state.phase) not in outcomes:
             raise ProtocolError(f"{type(event).__name__} cannot lead to {state.phase}")
-        _wipe_dropped(self._state, state)
+        overwrite_dropped(self._state, state)
         self._state = state
         return answer
 
@@ -243,8 +208,8 @@ class SecAggClient:
         A round that was answered stays so: `last_round` must not forget it.
         """
         phase = Phase.DONE if self.phase is Phase.DONE else Phase.EXCLUDED
-        after = replace(_without_secrets(self._state), phase=phase.value)
-        _wipe_dropped(self._state, after)
+        after = replace(self._state.without_secrets(), phase=phase.value)
+        overwrite_dropped(self._state, after)
         self._state = after
 
     def dump(self) -> bytes:
@@ -261,10 +226,10 @@ class SecAggClient:
             DataError: The bytes are no dump.
         """
         client = cls(identity, pins, policy=policy, keys=keys)
-        client._state = load_plain(_State, data)
+        client._state = load_plain(State, data)
         return client
 
-    def _step(self, event: InputEvent) -> tuple[_State, list[ClientEvent]]:
+    def _step(self, event: InputEvent) -> tuple[State, list[ClientEvent]]:
         match event:
             case RoundOpened(plan):
                 return self._advertise(plan)
@@ -281,7 +246,7 @@ class SecAggClient:
 
     # --- query.keys ------------------------------------------------------------------------------
 
-    def _advertise(self, plan: RoundPlan) -> tuple[_State, list[ClientEvent]]:
+    def _advertise(self, plan: RoundPlan) -> tuple[State, list[ClientEvent]]:
         """Makes this attempt's keys, if the plan is for this federation and the policy allows it."""
         if plan.config_hash != self._pins.config_hash:
             raise ProtocolError(
@@ -298,17 +263,18 @@ class SecAggClient:
         made = [bytearray(self._secret(plan, use)) for use in ("channel", "mask", "seed")]
         channel, mask, seed = made
         commitment = commit_seed(plan.context, self.member, seed)
-        unsigned = Advert(self.member, public_key(channel), public_key(mask), commitment, b"")
+        shown = [key_exchange(plan).load(key).public for key in (channel, mask)]
+        unsigned = Advert(self.member, shown[0], shown[1], commitment, b"")
         signature = self._identity.sign(advert_bytes(plan.context, unsigned))
         advert = replace(unsigned, signature=signature)
-        return _State(Phase.ADVERTISED.value, plan, channel, mask, seed, advert), [advert]
+        return State(Phase.ADVERTISED.value, plan, channel, mask, seed, advert), [advert]
 
     def _secret(self, plan: RoundPlan, use: str, length: int = SECRET_BYTES) -> bytes:
         return self._keys.secret(f"{use} {plan.context.hex()} {self.member}", length)
 
     # --- query.shares ----------------------------------------------------------------------------
 
-    def _share(self, adverts: tuple[Advert, ...]) -> tuple[_State, list[ClientEvent]]:
+    def _share(self, adverts: tuple[Advert, ...]) -> tuple[State, list[ClientEvent]]:
         """Deals shares of the two secrets to the neighbours in the cohort."""
         state, plan = self._state, self.plan
         members = tuple(advert.member for advert in adverts)
@@ -332,9 +298,9 @@ class SecAggClient:
 
     # --- train.masked ----------------------------------------------------------------------------
 
-    def _take_shares(self, event: SharesDelivered) -> _State:
-        """Opens the packages; one that does not open is not held, and the masks are as signed."""
-        cohort = self._formed()
+    def _take_shares(self, event: SharesDelivered) -> State:
+        """Opens the packages, and learns the mask with each neighbour in the share set."""
+        state, cohort = self._state, self._formed()
         dealers = frozenset(event.dealers)
         _require_sorted("share set", event.dealers)
         if self.member not in dealers or not dealers <= cohort.adverts.keys():
@@ -342,28 +308,21 @@ class SecAggClient:
                 f"the share set must hold member {self.member} and members of the cohort alone"
             )
         self._policy.check_live(self.plan, cohort.graph, dealers)
+        channel, mask = (cohort.exchange.load(key) for key in (state.channel, state.mask))
+        taking = Taking(cohort, self._pins.roster, self.member, channel, mask)
+        taken = taking.take(event)
         return replace(
-            self._state,
+            state,
             phase=Phase.READY.value,
             dealers=event.dealers,
-            held=self._open(event, dealers),
+            held=taken.held,
+            pairs=taken.pairs,
+            complaints=tuple(taken.complaints),
             channel=bytearray(),
+            mask=bytearray(),
         )
 
-    def _open(self, event: SharesDelivered, dealers: frozenset[int]) -> dict[int, bytearray]:
-        cohort = self._formed()
-        agreement = KeyAgreement(self._state.channel)
-        held = {}
-        for dealer in dealers.intersection(cohort.graph.neighbours(self.member)):
-            bundle = event.bundles.get(dealer)
-            if bundle is None or bundle.member != dealer:
-                continue
-            package = open_package(cohort, agreement, holder=self.member, bundle=bundle)
-            if package is not None:
-                held[dealer] = bytearray(package)
-        return dict(sorted(held.items()))
-
-    def _mask(self, event: UpdateReady) -> tuple[_State, list[ClientEvent]]:
+    def _mask(self, event: UpdateReady) -> tuple[State, list[ClientEvent]]:
         """Adds the self mask, and a pairwise mask for each neighbour in the share set."""
         state, cohort = self._state, self._formed()
         layout = VectorLayout.of(self.plan)
@@ -374,25 +333,19 @@ class SecAggClient:
             )
         words = event.words.copy()
         add_masks(words, self._masks(cohort))
-        unsigned = MaskedUpdate(self.member, words, b"")
+        unsigned = MaskedUpdate(self.member, words, b"", state.complaints)
         message = masked_bytes(cohort.scope, state.dealers, unsigned)
-        masked = MaskedUpdate(self.member, words, self._identity.sign(message))
-        return replace(state, phase=Phase.MASKED.value, mask=bytearray()), [masked]
+        masked = replace(unsigned, signature=self._identity.sign(message))
+        return replace(state, phase=Phase.MASKED.value, pairs={}), [masked]
 
     def _masks(self, cohort: Cohort) -> list[Mask]:
         state, me = self._state, self.member
-        dealers = frozenset(state.dealers)
-        agreement = KeyAgreement(state.mask)
-        pairwise = [
-            agreement.mask(cohort.adverts[peer].mask_key, cohort.scope, owner=me, other=peer)
-            for peer in cohort.graph.neighbours(me)
-            if peer in dealers
-        ]
+        pairwise = [Mask(bytes(key), negative=me > peer) for peer, key in state.pairs.items()]
         return [self_mask(state.seed, cohort.scope, me), *pairwise]
 
     # --- query.consistency and query.unmask ------------------------------------------------------
 
-    def _sign(self, event: SurvivorsProposed) -> tuple[_State, list[ClientEvent]]:
+    def _sign(self, event: SurvivorsProposed) -> tuple[State, list[ClientEvent]]:
         """Signs the one survivor set of this attempt, or leaves it if this client is not in it."""
         state, cohort = self._state, self._formed()
         _require_sorted("survivor set", event.survivors)
@@ -400,13 +353,13 @@ class SecAggClient:
         if event.dealers != state.dealers or not survivors <= frozenset(state.dealers):
             raise ProtocolError("the survivor set is not of the share set that the masks follow")
         if self.member not in survivors:
-            return replace(_without_secrets(state), phase=Phase.EXCLUDED.value), []
+            return replace(state.without_secrets(), phase=Phase.EXCLUDED.value), []
         self._policy.check_live(self.plan, cohort.graph, survivors)
         message = survivors_bytes(cohort.scope, event.dealers, event.survivors)
         signature = SurvivorSignature(self.member, self._identity.sign(message))
         return replace(state, phase=Phase.SIGNED.value, survivors=event.survivors), [signature]
 
-    def _unmask(self, event: UnmaskRequested) -> tuple[_State, list[ClientEvent]]:
+    def _unmask(self, event: UnmaskRequested) -> tuple[State, list[ClientEvent]]:
         """Reveals one secret's share of each owner, once enough of the cohort signed one set."""
         state, cohort = self._state, self._formed()
         message = survivors_bytes(cohort.scope, state.dealers, state.survivors)
@@ -422,7 +375,7 @@ class SecAggClient:
                 f"{valid} members of {len(cohort)} signed this survivor set, {needed} must have"
             )
         reply = self._reply(cohort)
-        return replace(_without_secrets(state), phase=Phase.DONE.value), [reply]
+        return replace(state.without_secrets(), phase=Phase.DONE.value), [reply]
 
     def _reply(self, cohort: Cohort) -> UnmaskReply:
         state, survivors = self._state, frozenset(self._state.survivors)
@@ -458,19 +411,3 @@ def _require_no_overflow(plan: RoundPlan, members: int) -> None:
 def _require_sorted(name: str, members: tuple[int, ...]) -> None:
     if list(members) != sorted(set(members)):
         raise ProtocolError(f"the {name} must be sorted and name each member once")
-
-
-def _without_secrets(state: _State) -> _State:
-    return replace(state, channel=bytearray(), mask=bytearray(), seed=bytearray(), held={})
-
-
-def _buffers(state: _State) -> list[bytearray]:
-    return [state.channel, state.mask, state.seed, *state.held.values()]
-
-
-def _wipe_dropped(before: _State, after: _State) -> None:
-    """Overwrites the buffers that the next state does not hold."""
-    kept = {id(buffer) for buffer in _buffers(after)}
-    for buffer in _buffers(before):
-        if id(buffer) not in kept:
-            buffer[:] = bytes(len(buffer))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fedoppu.common.graph import Graph
-from fedoppu.common.masking import is_low_order
+from fedoppu.common.pairwise import KeyExchange, Link, key_exchange
 from fedoppu.common.roster import Roster
 from fedoppu.common.rounds import Advert, RoundPlan
 from fedoppu.common.signing import Scope, advert_bytes, hash_cohort, verify_public
@@ -39,6 +39,19 @@ class Cohort:
         return Graph(self.scope.cohort, self.adverts, self.plan.neighbours)
 
     @property
+    def exchange(self) -> KeyExchange:
+        """How its members exchange keys."""
+        return key_exchange(self.plan)
+
+    def channel_link(self, own: int, peer: int) -> Link:
+        """One end of a pair, for packages."""
+        return Link(self.scope, own, peer, self.adverts[peer].channel_key)
+
+    def mask_link(self, own: int, peer: int) -> Link:
+        """One end of a pair, for its mask."""
+        return Link(self.scope, own, peer, self.adverts[peer].mask_key)
+
+    @property
     def members(self) -> tuple[int, ...]:
         """Sorted."""
         return tuple(self.adverts)
@@ -48,14 +61,14 @@ class Cohort:
         return len(self.adverts)
 
 
-def advert_fault(advert: Advert, context: bytes, roster: Roster) -> str | None:
+def advert_fault(advert: Advert, plan: RoundPlan, roster: Roster) -> str | None:
     """What is wrong with an advert by itself, or None."""
-    identity = roster.identity(advert.member)
+    identity, exchange = roster.identity(advert.member), key_exchange(plan)
     if identity is None:
         return "is not in the roster"
-    if not verify_public(identity, advert.signature, advert_bytes(context, advert)):
+    if not verify_public(identity, advert.signature, advert_bytes(plan.context, advert)):
         return "sent an advert whose signature is not its own for this plan"
-    if is_low_order(advert.channel_key) or is_low_order(advert.mask_key):
+    if exchange.is_weak(advert.channel_key) or exchange.is_weak(advert.mask_key):
         return "sent a key of low order or wrong length"
     if advert.channel_key == advert.mask_key:
         return "sent one key twice"
@@ -69,12 +82,11 @@ def form_cohort(
 
     A key that two adverts share makes the later one (by member) invalid.
     """
-    context = plan.context
     valid: dict[int, Advert] = {}
     faults: dict[int, str] = {}
     keys: set[bytes] = set()
     for advert in sorted(adverts, key=lambda advert: advert.member):
-        fault = advert_fault(advert, context, roster)
+        fault = advert_fault(advert, plan, roster)
         if fault is None and keys & {advert.channel_key, advert.mask_key}:
             fault = "sent a key of another member"
         if fault is not None:

@@ -1,4 +1,4 @@
-"""Masks and channels: X25519, HKDF-SHA256, AES-256-CTR streams added to integers, AES-GCM packages.
+"""Masks and pads: X25519, HKDF-SHA256, AES-256-CTR streams added to integers.
 
 A mask is uniform in Z_2^w to whoever lacks its key (AES-256-CTR as a pseudo-random generator). The
 self mask hides a vector until its owner is in an agreed survivor set; the pairwise masks of two
@@ -13,17 +13,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
-from fedoppu.common.randomness import Key
 from fedoppu.common.rounds import Words
 from fedoppu.common.signing import Scope
 
@@ -77,23 +74,38 @@ class KeyAgreement:
         """Loads a 32-byte private key."""
         self._key = X25519PrivateKey.from_private_bytes(private_key)
 
-    def channel_key(self, peer: bytes, scope: Scope, *, sender: int, recipient: int) -> bytes:
-        """Key of the one package from sender to recipient; `peer` must not be of low order."""
-        return self._derive(peer, scope, "channel", (sender, recipient))
+    def pad(self, peer: bytes, info: bytes, data: bytes) -> bytes:
+        """Puts a pad on data, or takes it off: an HKDF output as long as the data.
+
+        It hides and does not authenticate. One `info` is used for one message.
+
+        Args:
+            peer: Public key, not of low order.
+            info: Who sends what to whom, and when.
+            data: At most 8,160 bytes.
+        """
+        stream = derive(self._shared(peer), info, len(data))
+        mixed = int.from_bytes(stream, "big") ^ int.from_bytes(data, "big")
+        return mixed.to_bytes(len(data), "big")
 
     def mask(self, peer: bytes, scope: Scope, *, owner: int, other: int) -> Mask:
         """The owner's pairwise mask with another member; the other's is its negative."""
-        low, high = sorted((owner, other))
-        return Mask(self._derive(peer, scope, "pair mask", (low, high)), negative=owner > other)
+        return pair_mask(self._shared(peer), scope, owner=owner, other=other)
 
-    def _derive(self, peer: bytes, scope: Scope, purpose: str, members: tuple[Key, ...]) -> bytes:
-        shared = self._key.exchange(X25519PublicKey.from_public_bytes(peer))
-        return derive(shared, scope.bind(purpose, *members))
+    def _shared(self, peer: bytes) -> bytes:
+        return self._key.exchange(X25519PublicKey.from_public_bytes(peer))
 
 
-def derive(secret: bytes | bytearray, info: bytes) -> bytes:
-    """HKDF-SHA256 without salt, 32 bytes (RFC 5869)."""
-    return HKDF(hashes.SHA256(), KEY_BYTES, salt=None, info=info).derive(bytes(secret))
+def derive(secret: bytes | bytearray, info: bytes, length: int = KEY_BYTES) -> bytes:
+    """HKDF-SHA256 without salt, at most 8,160 bytes (RFC 5869)."""
+    return HKDF(hashes.SHA256(), length, salt=None, info=info).derive(bytes(secret))
+
+
+def pair_mask(secret: bytes, scope: Scope, *, owner: int, other: int) -> Mask:
+    """The owner's mask of the secret of a pair; the other's is its negative."""
+    low, high = sorted((owner, other))
+    key = derive(secret, scope.bind("pair mask", low, high))
+    return Mask(key, negative=owner > other)
 
 
 def self_mask(seed: bytes | bytearray, scope: Scope, member: int) -> Mask:
@@ -144,16 +156,3 @@ def random_words(key: bytes, dtype: str, length: int) -> Iterator[NDArray[np.uns
     for start in range(0, length, step):
         count = min(step, length - start)
         yield np.frombuffer(stream.update(bytes(count * size)), dtype=dtype)
-
-
-def seal(key: bytes, plain: bytes | bytearray, associated: bytes) -> bytes:
-    """AES-256-GCM under a key that encrypts this one message; 16 bytes longer than `plain`."""
-    return AESGCM(key).encrypt(bytes(12), bytes(plain), associated)
-
-
-def unseal(key: bytes, package: bytes, associated: bytes) -> bytes | None:
-    """The inverse of `seal`, or None if the package was made for another or changed."""
-    try:
-        return AESGCM(key).decrypt(bytes(12), package, associated)
-    except (InvalidTag, ValueError):
-        return None

@@ -34,10 +34,12 @@ from fedoppu.common.event_fields import (
     by_member,
     cohort_values,
     delivery_values,
+    masked_values,
     read_advert,
     read_bundle,
     read_cohort,
     read_delivery,
+    read_masked,
     read_unmask_reply,
     unmask_values,
 )
@@ -257,10 +259,8 @@ def _read_whole(
 
 
 def _read_masked(where: str, content: RecordDict) -> MaskedUpdate:
-    fields = _open(where, content, "words").require("member", "signature")
-    return MaskedUpdate(
-        fields.member(), _words(where, content), fields.blob("signature", SIGNATURE)
-    )
+    fields = _open(where, content, "words")
+    return read_masked(fields, _words(where, content))
 
 
 def _read_survivors(where: str, content: RecordDict) -> SurvivorsProposed:
@@ -359,8 +359,8 @@ def write_reply(reply: Reply) -> RecordDict:
             return _record(advert_values(reply))
         case ShareBundle():
             return _record(bundle_values(reply))
-        case MaskedUpdate(member, words, signature):
-            return _record({"member": member, "signature": signature}, {"words": words})
+        case MaskedUpdate():
+            return _record(masked_values(reply), {"words": reply.words})
         case SurvivorSignature(member, signature):
             return _record({"member": member, "signature": signature})
         case UnmaskReply():

@@ -100,8 +100,8 @@ class Advert:
 
     Attributes:
         member: Index in the roster.
-        channel_key: X25519 public key for the shares.
-        mask_key: X25519 public key for the pairwise masks.
+        channel_key: Public key for the packages of shares, of the plan's key exchange.
+        mask_key: Public key for the pairwise masks.
         seed_commitment: SHA-256 of the self-mask seed.
         signature: Ed25519 over all of it and the context.
     """
@@ -122,20 +122,26 @@ class CohortFixed:
 
 @dataclass(frozen=True)
 class ShareBundle:
-    """Client to server: one encrypted share package for each neighbour.
+    """Client to server: one sealed package of shares for each neighbour.
 
     Attributes:
         member: The dealer.
-        packages: Recipient: AES-GCM ciphertext of (share of self seed, share of mask key).
-        share_hashes: Recipient: 32 bytes, a 16-byte hash of each of the two shares (only one of
+        packages: Recipient: (share of self seed, share of mask key), sealed.
+        share_hashes: Recipient: 20 bytes, a 10-byte hash of each of the two shares (only one of
             them is ever revealed), so that a wrong share names its dealer or holder.
-        signature: Ed25519 over the hashes, the cohort hash and the context.
+        signature: Ed25519 over all of it, the cohort hash and the context.
+        offers: Recipient: the sealed secret of the pair and its hash, for neighbours above the
+            dealer; only in the hybrid exchange.
+        path: In what is delivered of a bundle, in the hybrid exchange: hashes that lead from the
+            recipient's part to what was signed.
     """
 
     member: int
     packages: Mapping[int, bytes]
     share_hashes: Mapping[int, bytes]
     signature: bytes
+    offers: Mapping[int, bytes] = field(default_factory=dict)
+    path: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ class SharesDelivered:
 
     Attributes:
         dealers: The share set, sorted: members whose bundles the server has.
-        bundles: Dealer: the bundle, its packages and hashes cut down to those for this client.
+        bundles: Dealer: the bundle, cut down to what is for this client.
     """
 
     dealers: tuple[int, ...]
@@ -165,12 +171,15 @@ class MaskedUpdate:
     Attributes:
         member: The sender.
         words: (length,) uint32 or uint16, uniform to whoever lacks the masks.
-        signature: Ed25519 over its hash, the cohort hash and the context.
+        signature: Ed25519 over its hash, the complaints, the cohort hash and the context.
+        complaints: Dealers, sorted, whose share the sender does not hold, because its package was
+            missing, did not open or did not fit its hashes.
     """
 
     member: int
     words: Words = field(repr=False)
     signature: bytes
+    complaints: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PublicKey,
 )
 
+from fedoppu.common import merkle
 from fedoppu.common.randomness import Key, encode_key
 from fedoppu.common.roster import Member
 from fedoppu.common.rounds import Advert, MaskedUpdate, ShareBundle, UnmaskReply
+
+SHARE_HASH_BYTES = 10
 
 
 class Identity:
@@ -91,9 +94,15 @@ def commit_seed(context: bytes, member: int, seed: bytes | bytearray) -> bytes:
 
 
 def hash_share(scope: Scope, kind: str, owner: int, *, holder: int, share: bytes) -> bytes:
-    """16-byte hash of one share ("seed" or "key"): no holder can find another share for it."""
+    """10-byte hash of one share ("seed" or "key").
+
+    It hides the share, which has 256 random bits. A holder that wants another share to pass for its
+    dealer's needs 2^80 hashes, and a server that changes a package is right with 2^-80. A dealer
+    finds two shares for one hash with 2^40, which is of no use to it: either is on its polynomial
+    or names it.
+    """
     message = scope.bind("share", kind, owner, holder, bytes(share))
-    return hashlib.sha256(message).digest()[:16]
+    return hashlib.sha256(message).digest()[:SHARE_HASH_BYTES]
 
 
 def hash_cohort(context: bytes, adverts: Iterable[Advert]) -> bytes:
@@ -112,22 +121,42 @@ def advert_bytes(context: bytes, advert: Advert) -> bytes:
 
 
 def bundle_bytes(scope: Scope, bundle: ShareBundle) -> bytes:
-    """What a bundle's signature is over: the share hashes, which the server holds against replies.
+    """What a bundle's signature is over: the root of a Merkle tree of what is dealt to each.
 
-    The packages need none: each is authenticated by its channel key, which only dealer and
-    recipient can compute. So a recipient is given its own hash alone, and checks no signature.
+    So a recipient can check the signature with its own part and a path of hashes alone.
     """
-    return scope.bind("bundle", bundle.member, *_flat(bundle.share_hashes))
+    return dealt_bytes(scope, bundle.member, merkle.root(dealt_leaves(bundle)))
+
+
+def dealt_bytes(scope: Scope, dealer: int, root: bytes) -> bytes:
+    """What a dealer signs, given the root of its tree."""
+    return scope.bind("bundle", dealer, root)
+
+
+def dealt_leaves(bundle: ShareBundle) -> list[bytes]:
+    """The hashes of what a bundle holds for each recipient, in their order."""
+    return [
+        merkle.leaf(
+            encode_key(
+                (
+                    recipient,
+                    bundle.packages[recipient],
+                    bundle.share_hashes.get(recipient, b""),
+                    bundle.offers.get(recipient, b""),
+                )
+            )
+        )
+        for recipient in sorted(bundle.packages)
+    ]
 
 
 def masked_bytes(scope: Scope, dealers: Iterable[int], masked: MaskedUpdate) -> bytes:
-    """What a masked vector's signature is over: its hash, and the share set its masks follow."""
+    """What a masked vector's signature is over: its hash, complaints, and the share set."""
     words = masked.words
     little = np.ascontiguousarray(words, words.dtype.newbyteorder("<"))
     digest = hashlib.sha256(little.data).digest()
-    return scope.bind(
-        "masked", masked.member, _members(dealers), words.itemsize, words.size, digest
-    )
+    parts = (_members(dealers), _members(masked.complaints), words.itemsize, words.size, digest)
+    return scope.bind("masked", masked.member, *parts)
 
 
 def survivors_bytes(scope: Scope, dealers: Iterable[int], survivors: Iterable[int]) -> bytes:

@@ -1,7 +1,9 @@
 """What may be wrong with a client's answer. A fault is that client's drop, never an exception."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from fedoppu.common import merkle
 from fedoppu.common.cohort import Cohort, advert_fault
 from fedoppu.common.quantization import VectorLayout
 from fedoppu.common.roster import Roster
@@ -13,17 +15,15 @@ from fedoppu.common.rounds import (
     ShareBundle,
     UnmaskReply,
 )
-from fedoppu.common.secret_sharing import SHARE_BYTES
 from fedoppu.common.signing import (
+    SHARE_HASH_BYTES,
     bundle_bytes,
+    dealt_leaves,
     masked_bytes,
     reply_bytes,
     verify,
 )
 from fedoppu.server.unmasking import Evidence
-
-PACKAGE_BYTES = 2 * SHARE_BYTES + 16
-HASH_BYTES = 32
 
 
 def fault_in_advert(
@@ -33,18 +33,23 @@ def fault_in_advert(
     taken = {key for other in others for key in (other.channel_key, other.mask_key)}
     if taken & {advert.channel_key, advert.mask_key}:
         return "sent a key of another member"
-    return advert_fault(advert, plan.context, roster)
+    return advert_fault(advert, plan, roster)
 
 
 def fault_in_bundle(bundle: ShareBundle, cohort: Cohort, roster: Roster) -> str | None:
     """What is wrong with a bundle; its packages cannot be read here."""
-    neighbours = set(cohort.graph.neighbours(bundle.member))
-    if bundle.packages.keys() != neighbours or bundle.share_hashes.keys() != neighbours:
-        return "dealt shares to others than its neighbours"
-    package_sizes = {len(package) for package in bundle.packages.values()}
-    hash_sizes = {len(value) for value in bundle.share_hashes.values()}
-    if package_sizes - {PACKAGE_BYTES} or hash_sizes - {HASH_BYTES}:
-        return "dealt shares of a wrong size"
+    exchange, neighbours = cohort.exchange, cohort.graph.neighbours(bundle.member)
+    heirs = exchange.heirs(bundle.member, neighbours)
+    dealt = (
+        (bundle.packages, neighbours, exchange.package_bytes),
+        (bundle.share_hashes, neighbours, 2 * SHARE_HASH_BYTES),
+        (bundle.offers, heirs, exchange.offer_bytes),
+    )
+    for parts, recipients, size in dealt:
+        if parts.keys() != set(recipients):
+            return "dealt shares to others than its neighbours"
+        if {len(part) for part in parts.values()} - {size}:
+            return "dealt shares of a wrong size"
     return unsigned(bundle, bundle_bytes(cohort.scope, bundle), roster)
 
 
@@ -57,6 +62,9 @@ def fault_in_masked(
         return (
             f"sent a vector of {words.shape} {words.dtype}, not ({layout.length},) {layout.dtype}"
         )
+    possible = set(cohort.graph.neighbours(masked.member)).intersection(dealers)
+    if list(masked.complaints) != sorted(possible.intersection(masked.complaints)):
+        return "complained about members that dealt it nothing"
     return unsigned(masked, masked_bytes(cohort.scope, dealers, masked), roster)
 
 
@@ -76,3 +84,16 @@ def unsigned(event: ClientEvent, message: bytes, roster: Roster) -> str | None:
     if verify(roster.identity(event.member), event.signature, message):
         return None
     return f"sent a {type(event).__name__} whose signature is not its own for this round"
+
+
+def cut_down(bundle: ShareBundle, recipient: int, *, provable: bool) -> ShareBundle:
+    """A bundle as one recipient needs it; if `provable`, with the path to what its dealer signed."""
+    offered = bundle.offers.get(recipient)
+    place = sorted(bundle.packages).index(recipient)
+    return replace(
+        bundle,
+        packages={recipient: bundle.packages[recipient]},
+        share_hashes={recipient: bundle.share_hashes[recipient]},
+        offers={} if offered is None else {recipient: offered},
+        path=merkle.path(dealt_leaves(bundle), place) if provable else (),
+    )

@@ -54,6 +54,7 @@ from fedoppu.common.rounds import (
 from fedoppu.common.signing import survivors_bytes
 from fedoppu.common.thresholds import quorum
 from fedoppu.server.answers import (
+    cut_down,
     fault_in_advert,
     fault_in_bundle,
     fault_in_masked,
@@ -415,9 +416,9 @@ class SecAggServer:
                 return UnmaskRequested(state.signatures)
 
     def _delivery(self, member: int) -> SharesDelivered:
-        bundles = self._state.bundles
+        bundles, exchange = self._state.bundles, self._formed().exchange
         cut = {
-            dealer: _cut(bundles[dealer], member)
+            dealer: cut_down(bundles[dealer], member, provable=not exchange.authentic)
             for dealer in self._formed().graph.neighbours(member)
             if dealer in bundles
         }
@@ -438,9 +439,3 @@ class SecAggServer:
 def _zeros(plan: RoundPlan) -> Words:
     layout = VectorLayout.of(plan)
     return np.zeros(layout.length, layout.dtype)
-
-
-def _cut(bundle: ShareBundle, member: int) -> ShareBundle:
-    """A bundle as one recipient needs it."""
-    package, share_hash = bundle.packages[member], bundle.share_hashes[member]
-    return replace(bundle, packages={member: package}, share_hashes={member: share_hash})

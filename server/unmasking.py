@@ -9,13 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fedoppu.common.cohort import Cohort
-from fedoppu.common.masking import KeyAgreement, Mask, public_key, self_mask
+from fedoppu.common.masking import Mask, self_mask
 from fedoppu.common.rounds import ShareBundle, UnmaskReply
 from fedoppu.common.secret_sharing import Share, is_share, restore_checked
-from fedoppu.common.signing import commit_seed, hash_share
+from fedoppu.common.signing import SHARE_HASH_BYTES, commit_seed, hash_share
 
 SEED, KEY = "seed", "key"
-_HASH_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ def share_fits(evidence: Evidence, reply: UnmaskReply, kind: str, owner: int) ->
     """Whether a revealed share is the one whose hash the dealer signed."""
     value = (reply.seed_shares if kind == SEED else reply.key_shares)[owner]
     signed = evidence.bundles[owner].share_hashes[reply.member]
-    start = 0 if kind == SEED else _HASH_BYTES
-    expected = signed[start : start + _HASH_BYTES]
+    start = 0 if kind == SEED else SHARE_HASH_BYTES
+    expected = signed[start : start + SHARE_HASH_BYTES]
     scope = evidence.cohort.scope
     fits = hash_share(scope, kind, owner, holder=reply.member, share=value) == expected
     return fits and is_share(value)
@@ -118,7 +117,9 @@ def unmask(evidence: Evidence) -> Unmasking:
         if secret is not None:
             (seeds if kind == SEED else keys)[owner] = secret
     if not result.lost:
-        result.masks += _masks(evidence, seeds, keys)
+        result.masks += _self_masks(evidence, seeds)
+        for dropped in evidence.dropped:
+            _add_pair_masks(evidence, dropped, keys[dropped], result)
     return result
 
 
@@ -144,7 +145,7 @@ def _restore(evidence: Evidence, kind: str, owner: int, result: Unmasking) -> by
     def fits(secret: bytes) -> bool:
         if kind == SEED:
             return commit_seed(context, owner, secret) == advert.seed_commitment
-        return public_key(secret) == advert.mask_key
+        return evidence.cohort.exchange.load(secret).public == advert.mask_key
 
     restored = restore_checked(shares, threshold, check=fits)
     if restored is None:
@@ -156,17 +157,29 @@ def _restore(evidence: Evidence, kind: str, owner: int, result: Unmasking) -> by
     return restored.secret
 
 
-def _masks(
-    evidence: Evidence, seeds: Mapping[int, bytes], keys: Mapping[int, bytes]
-) -> Iterable[Mask]:
-    """The negatives of the masks that are left in the sum."""
-    cohort = evidence.cohort
+def _self_masks(evidence: Evidence, seeds: Mapping[int, bytes]) -> Iterable[Mask]:
+    """The negatives of the self masks that are in the sum."""
+    scope = evidence.cohort.scope
     for member in sorted(evidence.survivors):
-        yield Mask(self_mask(seeds[member], cohort.scope, member).key, negative=True)
-    for dropped in evidence.dropped:
-        agreement = KeyAgreement(keys[dropped])
-        for member in cohort.graph.neighbours(dropped):
-            if member in evidence.survivors:
-                # The dropped member's own mask with a survivor is the negative of the survivor's.
-                peer = cohort.adverts[member].mask_key
-                yield agreement.mask(peer, cohort.scope, owner=dropped, other=member)
+        yield Mask(self_mask(seeds[member], scope, member).key, negative=True)
+
+
+def _add_pair_masks(evidence: Evidence, dropped: int, key: bytes, result: Unmasking) -> None:
+    """The dropped member's own masks with survivors, which are the negatives of the survivors'.
+
+    What the lower member of a pair offered must be the secret that it promised. If it is not, the
+    lower one lied, whether it is here or gone, and the mask cannot be taken off.
+    """
+    cohort = evidence.cohort
+    pair = cohort.exchange.load(key)
+    for member in cohort.graph.neighbours(dropped):
+        if member not in evidence.survivors:
+            continue
+        low, high = sorted((dropped, member))
+        offered = evidence.bundles[low].offers.get(high, b"")
+        mask = pair.mask(cohort.mask_link(dropped, member), offered)
+        if mask is None:
+            result.liars[low] = f"offered member {high} another pair secret than it promised"
+            result.lost.append(dropped)
+            return
+        result.masks.append(mask)

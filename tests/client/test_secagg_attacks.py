@@ -45,7 +45,7 @@ def test_share_for_another_recipient_or_from_another_dealer_is_not_held() -> Non
 
 
 @pytest.mark.parametrize(
-    "change", [{"packages": {0: b"junk"}}, {"packages": {}}, {"share_hashes": {0: bytes(32)}}]
+    "change", [{"packages": {0: b"junk"}}, {"packages": {}}, {"share_hashes": {0: bytes(20)}}]
 )
 def test_bad_package_is_the_dealers_drop_and_the_masks_follow_the_share_set(
     change: dict[str, dict[int, bytes]],
@@ -56,6 +56,7 @@ def test_bad_package_is_the_dealers_drop_and_the_masks_follow_the_share_set(
     client = federation.clients[0]
     client.receive(replace(event, bundles={**event.bundles, 2: bad}))
     assert set(client._state.held) == {1, 3, 4}
+    assert client._state.complaints == (2,)
     assert len(client._masks(client._formed())) == 5  # itself and four peers
 
 

@@ -15,9 +15,7 @@ from fedoppu.common.masking import (
     is_low_order,
     public_key,
     random_words,
-    seal,
     self_mask,
-    unseal,
 )
 from fedoppu.common.rounds import Words
 from fedoppu.common.signing import Scope
@@ -54,19 +52,21 @@ def test_context_is_the_tagged_hash_of_the_sorted_json() -> None:
     assert plan.context == hashlib.sha256(expected).digest()
 
 
-def test_keys_of_a_pair_are_bound_to_round_cohort_purpose_and_direction() -> None:
+def test_pads_and_masks_of_a_pair_are_bound_to_what_they_are_for() -> None:
     ours, theirs = KeyAgreement(key(1)), KeyAgreement(key(2))
     there, back = public_key(key(2)), public_key(key(1))
-    sent = ours.channel_key(there, SCOPE, sender=1, recipient=2)
-    assert sent == theirs.channel_key(back, SCOPE, sender=1, recipient=2)
-    others = {
-        sent,
-        ours.channel_key(there, SCOPE, sender=2, recipient=1),
-        ours.channel_key(there, Scope(b"\x03" * 32, SCOPE.cohort), sender=1, recipient=2),
-        ours.channel_key(there, Scope(SCOPE.context, b"\x03" * 32), sender=1, recipient=2),
+    sent = ours.pad(there, b"1 to 2", bytes(66))
+    assert len(sent) == 66
+    assert theirs.pad(back, b"1 to 2", sent) == bytes(66)
+    assert sent != ours.pad(there, b"2 to 1", bytes(66))
+    masks = {
         ours.mask(there, SCOPE, owner=1, other=2).key,
+        ours.mask(there, SCOPE, owner=1, other=3).key,
+        ours.mask(there, Scope(b"\x03" * 32, SCOPE.cohort), owner=1, other=2).key,
+        ours.mask(there, Scope(SCOPE.context, b"\x03" * 32), owner=1, other=2).key,
+        sent[:32],
     }
-    assert len(others) == 5
+    assert len(masks) == 5
 
 
 def test_self_masks_are_bound_to_round_cohort_and_member() -> None:
@@ -134,23 +134,9 @@ def test_low_order_keys_are_known_and_are_those_that_the_library_refuses(encoded
     peer = bytes.fromhex(encoded)
     assert is_low_order(peer)
     with pytest.raises(ValueError, match=r"."):
-        KeyAgreement(key(1)).channel_key(peer, SCOPE, sender=1, recipient=2)
+        KeyAgreement(key(1)).pad(peer, b"", b"data")
 
 
 def test_honest_keys_are_not_of_low_order_and_short_ones_are_no_keys() -> None:
     assert not any(is_low_order(public_key(key(i))) for i in range(50))
     assert is_low_order(bytes(31))
-
-
-@given(data=st.data())
-@settings(max_examples=40, deadline=None)
-def test_package_opens_only_unchanged_under_its_own_key_and_binding(data: st.DataObject) -> None:
-    package = seal(key(1), b"shares" * 11, b"1 to 2")
-    assert unseal(key(1), package, b"1 to 2") == b"shares" * 11
-    assert unseal(key(1), package, b"1 to 3") is None
-    assert unseal(key(2), package, b"1 to 2") is None
-    place = data.draw(st.integers(0, len(package) - 1))
-    flipped = bytearray(package)
-    flipped[place] ^= data.draw(st.integers(1, 255))
-    assert unseal(key(1), bytes(flipped), b"1 to 2") is None
-    assert unseal(key(1), package[:place], b"1 to 2") is None

@@ -77,12 +77,27 @@ PLANS = st.builds(
     max_drops=st.integers(0, 1 << 20),
     noise_scale=FINITE,
 )
-PACKAGES = st.dictionaries(MEMBERS, st.binary(min_size=1, max_size=512), max_size=4)
 SHARES = st.dictionaries(MEMBERS, st.binary(min_size=1, max_size=128), max_size=4)
 ADVERTS = st.builds(Advert, MEMBERS, DIGESTS, DIGESTS, DIGESTS, SIGNATURES)
-BUNDLES = st.builds(
-    ShareBundle, MEMBERS, PACKAGES, st.dictionaries(MEMBERS, DIGESTS, max_size=4), SIGNATURES
-)
+PATHS = st.lists(DIGESTS, max_size=3).map(tuple)
+BLOBS = st.binary(min_size=1, max_size=20)
+
+
+@st.composite
+def bundles(draw: st.DrawFn) -> ShareBundle:
+    """A dealer's bundle: each recipient gets a package and hashes, those above it may an offer."""
+    member, recipients = draw(MEMBERS), draw(st.lists(MEMBERS, unique=True, max_size=4))
+    heirs = [peer for peer in recipients if peer > member] if draw(st.booleans()) else []
+    return ShareBundle(
+        member,
+        {peer: draw(BLOBS) for peer in recipients},
+        {peer: draw(st.binary(min_size=20, max_size=20)) for peer in recipients},
+        draw(SIGNATURES),
+        {peer: draw(BLOBS) for peer in heirs},
+    )
+
+
+BUNDLES = bundles()
 SORTED = st.lists(MEMBERS, unique=True, max_size=6).map(lambda members: tuple(sorted(members)))
 WORDS = st.sampled_from([np.uint16, np.uint32]).flatmap(
     lambda dtype: nps.arrays(dtype, st.integers(0, 40))
@@ -114,7 +129,8 @@ def by_member(items: list[Any]) -> dict[int, Any]:
     return {item.member: item for item in items}
 
 
-DELIVERIES = st.builds(SharesDelivered, SORTED, st.lists(BUNDLES, max_size=4).map(by_member))
+DELIVERED = st.builds(lambda bundle, path: replace(bundle, path=path), BUNDLES, PATHS)
+DELIVERIES = st.builds(SharesDelivered, SORTED, st.lists(DELIVERED, max_size=4).map(by_member))
 
 
 def travelled(content: RecordDict) -> RecordDict:
@@ -168,12 +184,14 @@ def test_bundle_comes_back_as_it_was(bundle: ShareBundle) -> None:
     assert read_reply("query.shares", travelled(write_reply(bundle)), "member 1") == bundle
 
 
-@given(MEMBERS, WORDS, SIGNATURES)
-def test_masked_update_comes_back_as_it_was(member: int, words: Any, signature: bytes) -> None:
-    sent = MaskedUpdate(member, words, signature)
+@given(MEMBERS, WORDS, SIGNATURES, SORTED)
+def test_masked_update_comes_back_as_it_was(
+    member: int, words: Any, signature: bytes, complaints: tuple[int, ...]
+) -> None:
+    sent = MaskedUpdate(member, words, signature, complaints)
     reply = read_reply("train.masked", travelled(write_reply(sent)), "member 1")
     assert isinstance(reply, MaskedUpdate)
-    assert (reply.member, reply.signature) == (member, signature)
+    assert (reply.member, reply.signature, reply.complaints) == (member, signature, complaints)
     assert reply.words.dtype == words.dtype
     np.testing.assert_array_equal(reply.words, words)
 
@@ -218,7 +236,7 @@ def advert_record(**changes: Any) -> RecordDict:
         ({"mask_key": None}, r"query\.keys of member 3: field mask_key is missing"),
         ({"note": "my diary"}, r"query\.keys of member 3: 1 unknown fields"),
         ({"mask_key": "m" * 32}, r"field mask_key must be bytes, got str"),
-        ({"mask_key": b"m" * 31}, r"field mask_key must have 32 bytes, got 31"),
+        ({"mask_key": b"m" * 31}, r"field mask_key must have 32 to 1216 bytes, got 31"),
         ({"member": True}, r"field member must be an integer, got bool"),
         ({"member": -1}, r"field member must be between 0 and 1048576, got -1"),
         ({"member": 1.0}, r"field member must be an integer, got float"),
@@ -284,7 +302,7 @@ def test_model_that_is_not_finite_is_refused() -> None:
 
 
 def doctored(**changes: Any) -> RecordDict:
-    bundle = ShareBundle(1, {0: b"p"}, {0: b"h" * 32, 2: b"h" * 32}, b"x" * 64)
+    bundle = ShareBundle(1, {0: b"p"}, {0: b"h" * 20, 2: b"h" * 20}, b"x" * 64)
     content = write_request(Training(SharesDelivered((1,), {1: bundle}), np.zeros(2, np.float32)))
     content.config_records["event"].update(changes)
     return content

@@ -21,7 +21,7 @@ from fedoppu.common.signing import (
 
 SCOPE = Scope(b"\x01" * 32, b"\x02" * 32)
 ADVERT = Advert(1, b"\x03" * 32, b"\x04" * 32, b"\x05" * 32, b"\x06" * 64)
-BUNDLE = ShareBundle(1, {2: b"sealed"}, {2: b"\x07" * 32}, b"")
+BUNDLE = ShareBundle(1, {2: b"sealed", 4: b"sealed"}, {2: b"\x07" * 20, 4: b"\x07" * 20}, b"")
 MASKED = MaskedUpdate(1, np.arange(4, dtype=np.uint32), b"")
 REPLY = UnmaskReply(1, {2: b"a"}, {3: b"b"}, b"seed", b"")
 
@@ -68,9 +68,14 @@ def test_every_field_of_every_message_is_signed() -> None:
         ),
         advert_bytes(context, replace(ADVERT, member=2)),
         *(bundle_bytes(scope, BUNDLE) for scope in (SCOPE, other, elsewhere)),
-        bundle_bytes(SCOPE, replace(BUNDLE, share_hashes={3: b"\x07" * 32})),
+        bundle_bytes(SCOPE, replace(BUNDLE, member=2)),
+        bundle_bytes(SCOPE, replace(BUNDLE, packages={2: b"sealed", 4: b"other"})),
+        bundle_bytes(SCOPE, replace(BUNDLE, packages={2: b"sealed", 5: b"sealed"})),
+        bundle_bytes(SCOPE, replace(BUNDLE, share_hashes={2: b"\x07" * 20, 4: b"\x08" * 20})),
+        bundle_bytes(SCOPE, replace(BUNDLE, offers={4: b"offer"})),
         *(masked_bytes(scope, (1, 2), MASKED) for scope in (SCOPE, other, elsewhere)),
         masked_bytes(SCOPE, (1, 3), MASKED),
+        masked_bytes(SCOPE, (1, 2), replace(MASKED, complaints=(2,))),
         masked_bytes(SCOPE, (1, 2), replace(MASKED, words=words)),
         masked_bytes(SCOPE, (1, 2), replace(MASKED, words=MASKED.words.view(np.uint16))),
         *(survivors_bytes(scope, (1, 2), (1,)) for scope in (SCOPE, other, elsewhere)),

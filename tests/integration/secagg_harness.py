@@ -88,6 +88,7 @@ class Federation:
     settings: ThresholdSettings = field(default_factory=ThresholdSettings)
     policy: ClientPolicy = field(default_factory=ClientPolicy.for_simulation)
     narrow: bool = False
+    hybrid: bool = False
     num_params: int = 3
     drops: Mapping[Exchange, frozenset[int]] = field(default_factory=dict)
     tamper: Mapping[int, Tamper] = field(default_factory=dict)
@@ -99,6 +100,7 @@ class Federation:
         people = identities(self.n)
         self.roster = roster_of(people)
         plan = make_plan(self.n, self.roster, settings=self.settings, num_params=self.num_params)
+        plan = replace(plan, hybrid=self.hybrid)
         self.plan = replace(plan, word_bits=16, level_bits=8) if self.narrow else plan
         self.pins = Pins(self.roster, CONFIG_HASH)
         self.clients = {

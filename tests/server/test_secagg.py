@@ -9,7 +9,7 @@ import pytest
 from fedoppu.client.dealing import Secrets, deal
 from fedoppu.common.config import ThresholdSettings
 from fedoppu.common.errors import DataError, ProtocolError, RoundAborted, UsageError
-from fedoppu.common.masking import KeyAgreement, public_key, seal
+from fedoppu.common.masking import KeyAgreement, public_key
 from fedoppu.common.rounds import (
     Advert,
     ClientEvent,
@@ -378,8 +378,7 @@ def one_wrong_share(
     wrong = (PRIME - 5).to_bytes(SHARE_BYTES, "big")
     agreement = KeyAgreement(federation.clients[dealer]._state.channel)
     peer = cohort.adverts[holder].channel_key
-    key = agreement.channel_key(peer, scope, sender=dealer, recipient=holder)
-    package = seal(key, wrong + wrong, scope.bind("package", dealer, holder))
+    package = agreement.pad(peer, scope.bind("package", dealer, holder), wrong + wrong)
     hashed = hash_share(scope, "seed", dealer, holder=holder, share=wrong) + hash_share(
         scope, "key", dealer, holder=holder, share=wrong
     )
