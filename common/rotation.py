@@ -20,7 +20,6 @@ Method: randomized Hadamard transform as in Suresh et al. 2017 (https://arxiv.or
 secure aggregation Kairouz et al. 2021 (https://arxiv.org/abs/2102.06387, section 4).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +43,9 @@ def rotation_seed(config: FederationConfig, round: int) -> str:
     """Hex of a round's 32-byte rotation seed, from the federation's public seed; empty without rotation."""
     if not config.encoding.rotation:
         return ""
-    return Randomness.from_seed(config.public_seed).secret("rotation", round).hex()
+    # noise that is correlated over the rounds cancels in one basis only
+    where = 0 if config.privacy.mechanism == "dp_ftrl" else round
+    return Randomness.from_seed(config.public_seed).secret("rotation", where).hex()
 
 
 def rotate(vector: Vector, seed: str) -> Vector:
@@ -63,8 +64,8 @@ def rotate(vector: Vector, seed: str) -> Vector:
     if not seed:
         return vector
     turned = np.array(vector, np.float32)
-    for step, flips in _schedule(turned, seed):
-        _xor(step.view, flips)
+    for step in _schedule(turned, seed):
+        _flip(step)
         _transform(step)
     return turned
 
@@ -74,35 +75,41 @@ def rotate_back(vector: Vector, seed: str) -> Vector:
     if not seed:
         return vector
     turned = np.array(vector, np.float32)
-    for step, flips in reversed(_schedule(turned, seed)):
+    for step in reversed(_schedule(turned, seed)):
         _transform(step)
-        _xor(step.view, flips)
+        _flip(step)
     return turned
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One Hadamard transform in place.
+    """Random signs and a Hadamard transform, in place.
 
     Attributes:
-        view: (rows, columns) of the vector, each a power of two or, with `along` unset, any number of columns.
-        along: Whether the view is one window; else each column is transformed by itself.
+        view: (rows, columns) of the vector; rows is a power of two, and columns too for a window.
+        flips: (rows, columns), 1 where a sign is flipped.
+        window: Whether the view is one window; else each column is transformed by itself.
     """
 
     view: Vector
-    along: bool
+    flips: NDArray[np.uint8]
+    window: bool
 
 
-def _schedule(vector: Vector, seed: str) -> list[tuple[_Step, NDArray[np.uint8]]]:
-    """The steps, each with a bit for each of its coordinates: whether its sign is flipped."""
-    steps = [*_across(vector), *_along(vector)]
-    sizes = [step.view.size for step in steps]
-    bits = _bits(seed, sum(sizes))
-    ends = np.cumsum(sizes).tolist()
-    return [
-        (step, bits[end - step.view.size : end].reshape(step.view.shape))
-        for step, end in zip(steps, ends, strict=True)
-    ]
+def _schedule(vector: Vector, seed: str) -> list[_Step]:
+    """All steps. The seed's bits go to the views in order, and row by row in each."""
+    across, along = _across(vector), _along(vector)
+    ends = np.cumsum([view.size for view in (*across, *along)])
+    bits = np.split(_bits(seed, int(ends[-1])), ends[:-1])
+    flips = [part.reshape(view.shape) for part, view in zip(bits, (*across, *along), strict=True)]
+    steps: list[_Step] = []
+    for view, flip in zip(across, flips[: len(across)], strict=True):
+        width = max(16, PANEL // view.shape[0])
+        for start in range(0, view.shape[1], width):
+            panel = np.s_[:, start : start + width]
+            steps.append(_Step(view[panel], flip[panel], window=False))
+    windows = zip(along, flips[len(across) :], strict=True)
+    return steps + [_Step(view, flip, window=True) for view, flip in windows]
 
 
 def _bits(seed: str, count: int) -> NDArray[np.uint8]:
@@ -114,24 +121,20 @@ def _bits(seed: str, count: int) -> NDArray[np.uint8]:
     return np.unpackbits(words.view(np.uint8), count=count, bitorder="little")
 
 
-def _across(vector: Vector) -> Iterator[_Step]:
+def _across(vector: Vector) -> list[Vector]:
+    """R rows from the start of the vector, and the last columns of R rows to its end, where R does not divide it."""
     rows = _rows(vector.size)
     columns, left = divmod(vector.size, rows)
-    sheet = vector[: rows * columns].reshape(rows, columns)
-    width = max(16, PANEL // rows)
-    for start in range(0, columns, width):
-        yield _Step(sheet[:, start : start + width], along=False)
-    if left:
-        yield _Step(vector[left:].reshape(rows, columns)[:, columns - left :], along=False)
+    whole = [vector[: rows * columns].reshape(rows, columns)]
+    return whole + [vector[left:].reshape(rows, columns)[:, columns - left :]] * bool(left)
 
 
-def _along(vector: Vector) -> Iterator[_Step]:
+def _along(vector: Vector) -> list[Vector]:
+    """Windows of W, the last to the end of the vector, each as a matrix about as high as wide."""
     window = _window(vector.size)
     rows = 1 << (window.bit_length() // 2)
-    shape = (rows, window // rows)
-    for start in range(0, vector.size - window, window):
-        yield _Step(vector[start : start + window].reshape(shape), along=True)
-    yield _Step(vector[vector.size - window :].reshape(shape), along=True)
+    starts = [*range(0, vector.size - window, window), vector.size - window]
+    return [vector[start : start + window].reshape(rows, window // rows) for start in starts]
 
 
 def _window(size: int) -> int:
@@ -145,20 +148,18 @@ def _rows(size: int) -> int:
     return min(enough, 1 << (size.bit_length() - 1))
 
 
-def _xor(view: Vector, flips: NDArray[np.uint8]) -> None:
-    """Flips the signs in place."""
-    words = view.view(np.uint32)
-    words ^= flips.astype(np.uint32) << _SIGN_BIT
+def _flip(step: _Step) -> None:
+    words = step.view.view(np.uint32)
+    words ^= step.flips.astype(np.uint32) << _SIGN_BIT
 
 
 def _transform(step: _Step) -> None:
     """The orthonormal Hadamard transform of a step, which is its own inverse."""
-    rows, columns = step.view.shape
     done = _butterflies(np.array(step.view, order="C"))
-    if step.along:
+    if step.window:
         # the other axis: of the transpose, so that the inner loops run over contiguous memory
         done = _butterflies(np.ascontiguousarray(done.T)).T
-    length = rows * columns if step.along else rows
+    length = step.view.size if step.window else step.view.shape[0]
     np.multiply(done, np.float32(length**-0.5), out=step.view)
 
 
