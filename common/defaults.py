@@ -190,6 +190,12 @@ def check_privacy(run: RunConfig) -> None:
             "privacy.mechanism=dp_ftrl takes members in turn, which is no Poisson sampling",
             hint="set privacy.sampling=fixed",
         )
+    if privacy.mechanism == "dp_ftrl" and run.shared.aggregation == "alternating":
+        raise UsageError(
+            "privacy.mechanism=dp_ftrl correlates the noise of all rounds, and alternating rounds "
+            "move different factors",
+            hint="set shared.aggregation=ffa or fedavg",
+        )
     if privacy.mechanism != "dp_ftrl" and privacy.separation != 1:
         raise UsageError(
             "privacy.separation is for privacy.mechanism=dp_ftrl alone",

@@ -23,8 +23,8 @@ the noise off again.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -32,7 +32,9 @@ from numpy.typing import NDArray
 
 from fedoppu.common.agreed import agreed_noise
 from fedoppu.common.config import FederationConfig
+from fedoppu.common.errors import RoundAborted
 from fedoppu.common.integer_noise import discrete_gaussian
+from fedoppu.common.matrix_factorization import coefficients, column_norm, noise_of_rounds
 from fedoppu.common.privacy import (
     Participation,
     PrivacySpent,
@@ -110,11 +112,13 @@ class GaussianPrivacy:
         config: Of the federation, with its noise multiplier.
         randomness: The server's own root.
         members: In the roster.
+        tape: Noise of dp_ftrl.
     """
 
     config: FederationConfig
     randomness: Randomness
     members: int
+    tape: "NoiseTape" = field(default_factory=lambda: NoiseTape(), repr=False)
 
     # --- the plan --------------------------------------------------------------------------------
 
@@ -142,8 +146,7 @@ class GaussianPrivacy:
         noise = self._noise(plan, survivors)
         np.add(ready.words, noise.astype(ready.words.dtype), out=ready.words)
         # from here on there is no exact sum any more
-        total = self._total_scale(plan, len(survivors))
-        levels = decode_levels(ready.words, _spread(plan, total, len(survivors)), survivors)
+        levels = self._levels(ready, plan)
         return Outcome(
             mean=mean_of_levels(levels, plan, divisor=float(self.config.cohort)),
             weight=None,
@@ -154,22 +157,41 @@ class GaussianPrivacy:
             liars=ready.liars,
         )
 
+    def _levels(self, noised: SumReady, plan: RoundPlan) -> Noise:
+        count = len(noised.survivors)
+        bounds = _spread(plan, self._total_scale(plan, count), count)
+        try:
+            return decode_levels(noised.words, bounds, noised.survivors)
+        except RoundAborted:  # its message has a figure, which no release accounts for
+            raise RoundAborted(
+                f"round {plan.round} attempt {plan.attempt}: a noised total is out of the survivors' "
+                "reach, so some client sent what it must not; the sum is discarded"
+            ) from None
+
     def _noise(self, plan: RoundPlan, survivors: Sequence[int]) -> Noise:
         """(num_params,) of the server's own noise, levels."""
-        scale = self._own_scale(plan, len(survivors))
+        privacy, scale = self.config.privacy, self._own_scale(plan, len(survivors))
+        if privacy.mechanism == "dp_ftrl":
+            keys = self.randomness.child("server noise", plan.run_id, plan.config_hash)
+            return self.tape.noise(plan, keys, bands=privacy.separation, scale=scale)
         members = ",".join(map(str, survivors))
         key = self.randomness.secret("server noise", plan.context, members)
         return discrete_gaussian(key, scale, plan.num_params)
 
     def _own_scale(self, plan: RoundPlan, survivors: int) -> float:
-        """Of the noise that the server adds, levels."""
+        """Of the noise that the server makes, levels; in dp_ftrl before it is correlated."""
+        privacy = self.config.privacy
         if self._steady:
             return top_up(self._steady_scale(plan), plan.noise_scale, survivors)
-        return server_noise(self.config.privacy, sensitivity(plan))
+        if privacy.mechanism == "dp_ftrl":
+            return (privacy.noise_multiplier or 0.0) * sensitivity(plan)
+        return server_noise(privacy, sensitivity(plan))
 
     def _total_scale(self, plan: RoundPlan, survivors: int) -> float:
         """Of all noise in a sum, levels."""
-        own = self._own_scale(plan, survivors)
+        own, privacy = self._own_scale(plan, survivors), self.config.privacy
+        if privacy.mechanism == "dp_ftrl":
+            own *= column_norm(privacy.separation) * row_norm(privacy.separation, plan.round)
         return math.sqrt(own**2 + survivors * plan.noise_scale**2)
 
     # --- distributed noise under Poisson sampling ------------------------------------------------
@@ -203,6 +225,52 @@ class GaussianPrivacy:
 
     def _participation(self, rounds: Sequence[int]) -> Participation:
         return participation(self.config, self.members, rounds)
+
+
+class NoiseTape:
+    """The correlated noise of a run's rounds, one after the other; a resumed run makes it again.
+
+    It holds noise, which is a function of the server's root, and nothing else.
+    """
+
+    def __init__(self) -> None:
+        """Before the first round."""
+        self._round = 0
+        self._rounds: Iterator[Noise] = iter(())
+        self._noise: Noise = np.zeros(0, np.int64)
+
+    def noise(self, plan: RoundPlan, keys: Randomness, *, bands: int, scale: float) -> Noise:
+        """(num_params,) noise of the plan's round, levels; the same however often it is asked for.
+
+        Args:
+            plan: Of the round.
+            keys: Root of the run's noise.
+            bands: Rounds over which it is correlated.
+            scale: z * sensitivity, levels; the same in all rounds.
+        """
+        if plan.round < self._round or self._round == 0:
+            self._round = 0
+            self._rounds = noise_of_rounds(
+                lambda number: keys.secret("round", number),
+                bands=bands,
+                scale=scale,
+                length=plan.num_params,
+            )
+        while self._round < plan.round:
+            self._noise = next(self._rounds)
+            self._round += 1
+        return self._noise
+
+
+def row_norm(bands: int, rounds: int) -> float:
+    """L2 norm of row `rounds` of the inverse of dp_ftrl's matrix C: how its noise adds up in that round."""
+    first = coefficients(bands) / coefficients(bands)[0]
+    inverse = np.zeros(rounds)
+    inverse[0] = 1.0
+    for row in range(1, rounds):
+        reach = min(row, bands - 1)
+        inverse[row] = -np.dot(first[1 : reach + 1], inverse[row - reach : row][::-1])
+    return float(np.linalg.norm(inverse))
 
 
 def participation(config: FederationConfig, members: int, rounds: Sequence[int]) -> Participation:

@@ -71,7 +71,7 @@ class ServerRuntime:
         """The sampler in use."""
         return self.sampler or sampler_of(self.config, len(self.roster.members))
 
-    @property
+    @cached_property
     def privacy(self) -> PrivacyMechanism:
         """The config's mechanism, with noise from this server's own root."""
         return privacy_of(self.config, self.randomness, len(self.roster.members))
