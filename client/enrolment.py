@@ -6,14 +6,22 @@ no more than the owner allows, and a round lies between its announcement to this
 first use. It countersigns one epoch per number, which is stored before the signature exists.
 Members that joined a short while ago count as corrupt.
 
+A vault that is restored from a backup enrols anew: protocol state is in no backup, because one that
+is rolled back would answer a round twice. Its old identity is to be revoked, it gets a new index,
+and `restored` charges it for all that the old one may have spent.
+
 Not guaranteed: the round in between, where a server begins a run that this client never saw: there
 the newest epoch holds from the first round. What a client sees before is the announcement alone.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
+from fedoppu.client.ledger import VaultLedger
 from fedoppu.client.policy import ClientPolicy, LastRound
 from fedoppu.client.vault import StateStore
+from fedoppu.common.accounting import gaussian_epsilon
+from fedoppu.common.config import FederationConfig
 from fedoppu.common.epochs import (
     EpochAnswer,
     RosterEpoch,
@@ -238,13 +246,14 @@ class Enrolment:
         self.store.put(CHAIN, dump_plain(chain))
 
     def standing(
-        self, pinned: tuple[Roster, ClientPolicy], where: LastRound
+        self, pinned: tuple[Roster, ClientPolicy], run_id: str, round: int
     ) -> tuple[Roster, ClientPolicy]:
         """Roster and policy for one round: what was pinned, where there are no epochs.
 
         Args:
             pinned: The owner's roster and policy.
-            where: The round.
+            run_id: Hex, of the run.
+            round: From 1.
 
         Raises:
             RefusedByPolicy: The epoch that this client pins does not hold yet.
@@ -252,7 +261,7 @@ class Enrolment:
         chain = self.chain
         if chain is None:
             return pinned
-        epoch = chain.at(where.run_id, where.round)
+        epoch = chain.at(run_id, round)
         return epoch.roster, for_epoch(pinned[1], epoch)
 
 
@@ -264,3 +273,64 @@ def _require_notice(epoch: RosterEpoch, last: LastRound | None) -> None:
             f"roster epoch {epoch.number} holds from round {epoch.first_round}, but round {known} "
             "was the last: an epoch is announced at least one round before it holds"
         )
+
+
+# --- a restored vault ----------------------------------------------------------------------------
+
+
+def restored(
+    ledger: VaultLedger, config: FederationConfig, *, rounds: int, delta: float = 1e-5
+) -> float:
+    """Charges a restored vault as if its owner had taken part in every round of a federation so far.
+
+    What the lost vault had spent is not known, and the owner is the same person under whatever
+    index: the same history stands behind the vectors of both. Call it once for each federation
+    that the owner ever joined, before the new vault's first round.
+
+    Args:
+        ledger: Of the new vault.
+        config: Of the federation.
+        rounds: Rounds of all its runs until now, at least 0; where that is not known, as many as
+            there can have been.
+        delta: At which the charge is told.
+
+    Returns:
+        Epsilon of the charge, by itself; 0 where the federation adds no noise. Such rounds are not
+        charged to any vault, because nothing bounds what they say.
+
+    Raises:
+        RefusedByPolicy: Nothing bounds the charge: the config names no noise multiplier, or with so
+            many corrupt members the noise of the others may have been none.
+    """
+    privacy = config.privacy
+    if privacy.mechanism == "none":
+        return 0.0
+    parts = math.ceil(rounds / privacy.separation) if privacy.mechanism == "dp_ftrl" else rounds
+    epsilon = gaussian_epsilon(_least_multiplier(config, ledger.corrupt), parts, delta)
+    if epsilon > 0:
+        ledger.burden(epsilon, delta)
+    return epsilon
+
+
+def _least_multiplier(config: FederationConfig, corrupt: int) -> float:
+    privacy = config.privacy
+    if privacy.noise_multiplier is None:
+        raise RefusedByPolicy(
+            "the federation's config names no privacy.noise_multiplier, so nothing bounds what a "
+            "lost vault may have spent",
+            hint="ask for the config that its rounds were run with",
+        )
+    share = _honest_share(config, corrupt) if privacy.mechanism == "distributed" else 1.0
+    return privacy.noise_multiplier * math.sqrt(share)
+
+
+def _honest_share(config: FederationConfig, corrupt: int) -> float:
+    """Share of the promised variance that is surely there in the smallest cohort there may be."""
+    floor, assumed = config.thresholds.floor, config.thresholds.corrupt
+    if floor + assumed <= corrupt:
+        raise RefusedByPolicy(
+            f"the noise of a cohort of {floor + assumed} is not bounded if {corrupt} members of it "
+            "are corrupt",
+            hint="lower the ledger's corrupt, or give the new vault no budget to keep",
+        )
+    return (floor + assumed - corrupt) / floor
