@@ -10,7 +10,8 @@ Arithmetic is on Python integers, so it takes no constant time and leaves copies
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, islice
+from itertools import combinations
+from math import comb, prod
 
 from fedoppu.common.errors import ProtocolError
 
@@ -18,7 +19,7 @@ PRIME = 2**256 + 297  # the least prime above 2^256
 SECRET_BYTES = 32
 SHARE_BYTES = 33
 _COEFFICIENT_BYTES = 48  # 128 bits more than the prime: the bias of the remainder is below 2^-127
-_MOST_SUBSETS = 500
+_MOST_SUBSETS = 1000
 
 Entropy = Callable[[int], bytes]
 Point = tuple[int, int]
@@ -84,7 +85,7 @@ def restore(shares: Iterable[Share], threshold: int) -> bytes:
             one; or the result is no secret, so that some share is wrong.
     """
     points = _points(shares, threshold)[:threshold]
-    secret = _secret(_interpolate_at_zero(points))
+    secret = _secret(_Weights.of(points).value_at_zero(points))
     if secret is None:
         raise ProtocolError("the shares restore no 32-byte secret: at least one of them is wrong")
     return secret
@@ -95,8 +96,8 @@ def restore_checked(
 ) -> Restored | None:
     """Restores a secret although some shares may be wrong.
 
-    Up to (shares - threshold) / 2 wrong shares are found by decoding, more by trying subsets as
-    long as there are few.
+    Shares that are all on one polynomial are seen to be. Otherwise up to (shares - threshold) / 2
+    wrong ones are found by decoding, more by leaving some out as long as there are few ways to.
 
     Args:
         shares: Of unique holders.
@@ -110,10 +111,15 @@ def restore_checked(
         ProtocolError: There are fewer shares than the threshold, or two of one holder.
     """
     points = _points(shares, threshold)
-    for chosen in _candidates(points, threshold):
-        secret = _secret(_interpolate_at_zero(chosen))
+    weights = _Weights.of(points)
+    if weights.on_one_polynomial(points, threshold):
+        # Every choice of shares says the same: right, or dealt wrong as a whole.
+        whole = _secret(weights.value_at_zero(points))
+        return Restored(whole, ()) if whole is not None and check(whole) else None
+    for value, fitting in _candidates(points, threshold, weights):
+        secret = _secret(value)
         if secret is not None and check(secret):
-            polynomial = _interpolate(chosen)
+            polynomial = _interpolate(fitting[:threshold])
             wrong = tuple(x - 1 for x, y in points if _evaluate(polynomial, x) != y)
             return Restored(secret, wrong)
     return None
@@ -143,18 +149,90 @@ def _secret(value: int) -> bytes | None:
     return value.to_bytes(SECRET_BYTES, "big") if value < 1 << 256 else None
 
 
-def _candidates(points: list[Point], threshold: int) -> Iterator[list[Point]]:
-    """Sets of `threshold` points that may all be right, the likeliest first.
+@dataclass(frozen=True)
+class _Weights:
+    """What the values at some points count for (barycentric form of Lagrange's interpolation).
+
+    Attributes:
+        inner: For each point 1 / (product of its differences to the others).
+        at_zero: For each point its share of the value at 0.
+        inverses: For each point 1 / x.
+    """
+
+    inner: list[int]
+    at_zero: list[int]
+    inverses: list[int]
+
+    @classmethod
+    def of(cls, points: Sequence[Point]) -> "_Weights":
+        """For points with unique x, at least 1."""
+        xs = [x for x, _ in points]
+        gaps = [prod(x - other for other in xs if other != x) % PRIME for x in xs]
+        inverted = _invert_all([*gaps, *xs])
+        inner, inverses = inverted[: len(xs)], inverted[len(xs) :]
+        vanishing = -prod(-x for x in xs) % PRIME
+        at_zero = [
+            vanishing * weight % PRIME * inverse % PRIME
+            for weight, inverse in zip(inner, inverses, strict=True)
+        ]
+        return cls(inner, at_zero, inverses)
+
+    def value_at_zero(self, points: Sequence[Point]) -> int:
+        """Value at 0 of the least polynomial through all points."""
+        terms = zip(self.at_zero, points, strict=True)
+        return sum(weight * y for weight, (_, y) in terms) % PRIME
+
+    def value_without(self, points: Sequence[Point], left_out: Sequence[int]) -> int:
+        """Value at 0 of the least polynomial through all points but those in these places."""
+        total = 0
+        for place, (x, y) in enumerate(points):
+            if place not in left_out:
+                gaps = prod(x - points[out][0] for out in left_out)
+                total += self.at_zero[place] * gaps % PRIME * y
+        scale = prod(-self.inverses[out] for out in left_out)
+        return total * scale % PRIME
+
+    def on_one_polynomial(self, points: Sequence[Point], threshold: int) -> bool:
+        """Whether all points are on one polynomial with `threshold` coefficients.
+
+        They are if their syndromes, as a Reed-Solomon word, are zero: one for each surplus point.
+        """
+        terms = [weight * y % PRIME for weight, (_, y) in zip(self.inner, points, strict=True)]
+        for _ in range(len(points) - threshold):
+            if sum(terms) % PRIME:
+                return False
+            terms = [term * x % PRIME for term, (x, _) in zip(terms, points, strict=True)]
+        return True
+
+
+def _invert_all(values: Sequence[int]) -> list[int]:
+    """Inverses of values other than zero, at the cost of one (Montgomery's trick)."""
+    products = [1]
+    for value in values:
+        products.append(products[-1] * value % PRIME)
+    inverse, inverses = pow(products[-1], -1, PRIME), []
+    for value, before in zip(reversed(values), reversed(products[:-1]), strict=True):
+        inverses.append(inverse * before % PRIME)
+        inverse = inverse * value % PRIME
+    return inverses[::-1]
+
+
+def _candidates(
+    points: list[Point], threshold: int, weights: _Weights
+) -> Iterator[tuple[int, list[Point]]]:
+    """Values at 0, each with points that it follows from, the likeliest first.
 
     Their number is bounded, so that a lying dealer cannot keep a server busy.
     """
-    yield points[:threshold]
     decoded = _decode(points, threshold)
     if decoded is not None:
-        fitting = [(x, y) for x, y in points if _evaluate(decoded, x) == y]
-        yield fitting[:threshold]
-    for subset in islice(combinations(points, threshold), 1, _MOST_SUBSETS):
-        yield list(subset)
+        yield _evaluate(decoded, 0), [(x, y) for x, y in points if _evaluate(decoded, x) == y]
+    surplus = len(points) - threshold
+    if comb(len(points), surplus) > _MOST_SUBSETS:
+        return
+    for left_out in combinations(range(len(points)), surplus):
+        kept = [point for place, point in enumerate(points) if place not in left_out]
+        yield weights.value_without(points, left_out), kept
 
 
 # --- polynomials over the field ------------------------------------------------------------------
@@ -165,19 +243,6 @@ def _evaluate(polynomial: Polynomial, x: int) -> int:
     for coefficient in reversed(polynomial):
         result = (result * x + coefficient) % PRIME
     return result
-
-
-def _interpolate_at_zero(points: list[Point]) -> int:
-    """Value at 0 of the least polynomial through the points (Lagrange)."""
-    total = 0
-    for x, y in points:
-        above, below = 1, 1
-        for other, _ in points:
-            if other != x:
-                above = above * other % PRIME
-                below = below * (other - x) % PRIME
-        total = (total + y * above * pow(below, -1, PRIME)) % PRIME
-    return total
 
 
 def _interpolate(points: list[Point]) -> Polynomial:
