@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedoppu.client.vault import StateStore
-from fedoppu.common.accounting import gaussian_epsilon
+from fedoppu.common.accounting import distributed_epsilon, gaussian_epsilon
 from fedoppu.common.config import FederationConfig, require
 from fedoppu.common.errors import DataError, RefusedByPolicy
 from fedoppu.common.privacy import sensitivity
@@ -131,10 +131,18 @@ class VaultLedger:
         if privacy.mechanism == "none" or privacy.noise_multiplier is None:
             return math.inf
         if privacy.mechanism == "distributed":
-            honest = plan.min_cohort - self.corrupt
-            variance = max(honest, 0) * plan.noise_scale**2
-            return sensitivity(plan) ** 2 / variance if variance > 0 else math.inf
+            return self._distributed_cost(plan)
         return privacy.noise_multiplier**-2
+
+    def _distributed_cost(self, plan: RoundPlan) -> float:
+        """Of the noise of honest survivors alone; the sum of discrete Gaussians is no exact one."""
+        honest = plan.min_cohort - self.corrupt
+        if honest < 1 or plan.noise_scale == 0:
+            return math.inf
+        epsilon = distributed_epsilon(
+            sensitivity(plan), plan.noise_scale, clients=honest, length=plan.num_params
+        )
+        return epsilon**2
 
     def _require_within(self, before: float, after: float) -> None:
         budget = self.budget

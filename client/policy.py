@@ -197,6 +197,10 @@ class ClientPolicy:
                 f"{missing} of {size} members are missing, at most {most} may be: a server could "
                 "choose the drops"
             )
+        if len(live) < plan.min_cohort:  # distributed noise counts on so many
+            raise RefusedByPolicy(
+                f"{len(live)} members are left, the plan's min_cohort is {plan.min_cohort}"
+            )
         self._require_floor("survivor set", len(live), self.corrupt_in(live))
         for member in sorted(live):
             holders = graph.live_holders(member, live)

@@ -43,12 +43,12 @@ from fedoppu.common.privacy import (
     sensitivity,
     server_noise,
     spent,
+    steady_ratio,
     top_up,
 )
 from fedoppu.common.quantization import decode_levels, mean_of_levels, require_no_overflow
 from fedoppu.common.randomness import Randomness
 from fedoppu.common.rounds import RoundPlan, SumReady
-from fedoppu.common.thresholds import allowed_drops
 from fedoppu.server.attempt import Outcome, decode_exactly
 
 Noise = NDArray[np.int64]
@@ -203,14 +203,8 @@ class GaussianPrivacy:
 
     def _steady_scale(self, plan: RoundPlan) -> float:
         """A scale that the noise of no cohort's clients exceeds, whatever its size, levels."""
-        settings = self.config.thresholds
-        corrupt, least = settings.corrupt, settings.floor + settings.corrupt
-        most = 1.0
-        for asked in range(least, self.members + 1):
-            floor = max(asked - allowed_drops(asked, settings.max_drop), least)
-            most = max(most, asked / (floor - corrupt))
-        multiplier = self.config.privacy.noise_multiplier or 0.0
-        return multiplier * sensitivity(plan) * math.sqrt(most)
+        ratio = steady_ratio(self.config.thresholds, self.members)
+        return (self.config.privacy.noise_multiplier or 0.0) * sensitivity(plan) * math.sqrt(ratio)
 
     # --- the budget ------------------------------------------------------------------------------
 

@@ -126,6 +126,14 @@ def test_server_that_drops_a_survivors_neighbours_is_refused() -> None:
         SIMULATION.check_live(plan, graph, isolated)
 
 
+def test_survivor_set_below_the_plans_own_floor_is_refused() -> None:
+    # Of 10 asked 8 came, and of these 2 more drop: few enough for max_drops, and too few for the noise.
+    graph, plan = Graph(b"\x01" * 32, range(8), 9), replace(PLAN, min_cohort=7)
+    SIMULATION.check_live(plan, graph, frozenset(range(7)))
+    with pytest.raises(RefusedByPolicy, match="6 members are left, the plan's min_cohort is 7"):
+        SIMULATION.check_live(plan, graph, frozenset(range(6)))
+
+
 def test_server_that_cuts_the_ring_is_refused() -> None:
     # Two gaps of k/2 members would split the sum in two: the members beside them notice.
     settings_ = ThresholdSettings(floor=2, corrupt=0, max_drop=0.3)
