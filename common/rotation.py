@@ -1,19 +1,24 @@
 """A public random rotation of an update, so that no coordinate stands out when it is rounded.
 
 One rounding range holds for the whole vector, so the rotation must spread energy over all of it, whether large
-coordinates are scattered, periodic, or lie together as layers do. It is a composition of orthogonal maps that never
-lengthens the vector (rule 12 of the protocol's specification). With R and W powers of two, C = num_params // R columns:
+coordinates are scattered, periodic, or lie together as layers do. It is a composition of
+orthogonal maps, so the vector never grows (rule 12 of the protocol's specification).
 
-1. across: the vector as R rows of C; random signs, then a Hadamard transform of each column. The num_params - R C
-   coordinates at the end are the last columns of the same shape laid at the end of the vector, transformed after it.
-2. along: random signs, then a Hadamard transform of each window of W; the last window overlaps the one before.
+W is the largest power of two that fits, up to 2^16; R is the least power of two with R W >= 8 num_params, or the largest
+that fits; C = num_params // R.
+
+1. Across: the vector as R rows of C; random signs, then a Hadamard transform of each column. Where R C < num_params,
+   the same for the last columns (as many as coordinates are left over, at most all) of R rows laid at the vector's end.
+2. Along: random signs, then a Hadamard transform of each window of W; the last window overlaps the one before.
+
+Signs are bits of the seed's AES-256-CTR stream, in this order, row by row.
 
 After the first, a coordinate's energy lies in R places that are C apart; after the second it is spread over every
 window that holds some of them. As R W >= 8 num_params where the vector allows it, the expected energy of a coordinate
 is at most about (1 + 2 C / W) of the mean, whatever the vector.
 
 Guarantees: the L2 norm is kept to float32 precision; the bytes are the same on every machine, as nothing but IEEE
-additions, subtractions and one product with a power of 2 ** -.5 touches a coordinate, in a fixed order.
+additions, subtractions and a product with a power of 2 ** -.5 for each transform touches a coordinate, in fixed order.
 Not guaranteed: any privacy. The seed is public, and the rotation can be undone by anyone.
 
 Method: randomized Hadamard transform as in Suresh et al. 2017 (https://arxiv.org/abs/1611.00429, section 3), and for
@@ -98,18 +103,19 @@ class _Step:
 
 def _schedule(vector: Vector, seed: str) -> list[_Step]:
     """All steps. The seed's bits go to the views in order, and row by row in each."""
-    across, along = _across(vector), _along(vector)
-    ends = np.cumsum([view.size for view in (*across, *along)])
-    bits = np.split(_bits(seed, int(ends[-1])), ends[:-1])
-    flips = [part.reshape(view.shape) for part, view in zip(bits, (*across, *along), strict=True)]
-    steps: list[_Step] = []
-    for view, flip in zip(across, flips[: len(across)], strict=True):
-        width = max(16, PANEL // view.shape[0])
-        for start in range(0, view.shape[1], width):
+    views = [(view, False) for view in _across(vector)] + [(view, True) for view in _along(vector)]
+    bits, used, steps = _bits(seed, sum(view.size for view, _ in views)), 0, []
+    for view, window in views:
+        flips = bits[used : used + view.size].reshape(view.shape)
+        used += view.size
+        rows, columns = view.shape
+        width = (
+            columns if window else max(16, PANEL // rows)
+        )  # by itself, so in parts for the cache
+        for start in range(0, columns, width):
             panel = np.s_[:, start : start + width]
-            steps.append(_Step(view[panel], flip[panel], window=False))
-    windows = zip(along, flips[len(across) :], strict=True)
-    return steps + [_Step(view, flip, window=True) for view, flip in windows]
+            steps.append(_Step(view[panel], flips[panel], window))
+    return steps
 
 
 def _bits(seed: str, count: int) -> NDArray[np.uint8]:
@@ -126,7 +132,8 @@ def _across(vector: Vector) -> list[Vector]:
     rows = _rows(vector.size)
     columns, left = divmod(vector.size, rows)
     whole = [vector[: rows * columns].reshape(rows, columns)]
-    return whole + [vector[left:].reshape(rows, columns)[:, columns - left :]] * bool(left)
+    last = vector[left:].reshape(rows, columns)[:, max(0, columns - left) :]
+    return [*whole, last] if left else whole
 
 
 def _along(vector: Vector) -> list[Vector]:
