@@ -7,9 +7,11 @@ so the caller marks the round as answered before the message goes out.
 
 from dataclasses import replace
 
+from fedoppu.client.policy import ClientPolicy, LastRound
 from fedoppu.client.secagg import KeySource
-from fedoppu.common.errors import ProtocolError
+from fedoppu.common.errors import ProtocolError, RefusedByPolicy, UsageError
 from fedoppu.common.masking import add_masks
+from fedoppu.common.quantization import require_no_overflow
 from fedoppu.common.rounds import RoundPlan, Words
 from fedoppu.common.signing import Identity
 from fedoppu.common.two_server import (
@@ -20,6 +22,28 @@ from fedoppu.common.two_server import (
     claim_bytes,
     seed_mask,
 )
+
+
+def require_sealed_plan(plan: RoundPlan, policy: ClientPolicy, last: LastRound) -> None:
+    """Whether a plan of this mode may follow the last one.
+
+    There is no graph, so neighbours and threshold say nothing and are 1.
+
+    Raises:
+        RefusedByPolicy: The policy forbids it, or its words could overflow.
+        ProtocolError: It speaks of a graph.
+    """
+    policy.check_plan(plan, last)
+    policy.check_sealed(plan)
+    if (plan.neighbours, plan.threshold) != (1, 1):
+        raise ProtocolError(
+            f"a two-server plan has neighbours and threshold 1, got {plan.neighbours} and "
+            f"{plan.threshold}"
+        )
+    try:
+        require_no_overflow(plan, plan.min_cohort + plan.max_drops)
+    except UsageError as error:  # of a plan that came from a server
+        raise RefusedByPolicy(str(error), hint=error.hint) from None
 
 
 def seal_update(

@@ -128,11 +128,16 @@ def survives(size: int, neighbours: int, threshold: int, *, drops: int) -> bool:
     return (ways * size) << CORRECTNESS_BITS <= comb(others, neighbours)
 
 
-def plan_thresholds(n: int, settings: ThresholdSettings) -> Thresholds:
+def plan_thresholds(n: int, settings: ThresholdSettings, *, graph: bool = True) -> Thresholds:
     """k, t and drops for a round in which n members are asked.
 
     The tolerated drops are settings.max_drop of n, but never so many that fewer than a quorum is
     left: without corrupt members at most 0, 1, 1, 2, 2, 3 of 2 to 7, whatever the setting.
+
+    Args:
+        n: Members that are asked.
+        settings: Of the federation.
+        graph: False in the two-server mode: nobody holds a share, k and t say nothing and are 1.
 
     Raises:
         UsageError: n members cannot hold the floor of honest members and the corrupt ones.
@@ -144,6 +149,8 @@ def plan_thresholds(n: int, settings: ThresholdSettings) -> Thresholds:
             hint="ask more members in a round (cohort=), or lower thresholds.floor",
         )
     drops = min(allowed_drops(n, settings.max_drop), n - least)
+    if not graph:
+        return Thresholds(1, 1, drops, n - drops)
     ring = None if n <= COMPLETE_UP_TO else _ring(n, drops, settings.corrupt)
     if ring is not None:
         return Thresholds(*ring, drops, n - drops)

@@ -1,8 +1,8 @@
 """One attempt at a round: the exchanges that the protocol names, from a plan to a decoded sum.
 
 Guarantee (spec of secure aggregation, rule 5): survivors and masked sum are durable before anybody
-is asked to unmask; missing unmask replies are asked for again, of the same survivors alone; giving
-up is final.
+is asked to unmask, the helper of the two-server mode included; missing unmask replies are asked for
+again, of the same survivors alone; giving up is final.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +12,16 @@ import numpy as np
 from flwr.app import RecordDict
 from numpy.typing import NDArray
 
-from fedoppu.common.errors import RoundAborted
+from fedoppu.common.errors import ProtocolError, RoundAborted
 from fedoppu.common.messages import (
     PLAIN,
+    SEALED,
     Opening,
     PlainTraining,
     PlainUpdate,
+    Reply,
     Request,
+    SealedTraining,
     Stage,
     Training,
     write_request,
@@ -35,11 +38,16 @@ from fedoppu.common.rounds import (
     StageEnded,
     SumReady,
 )
-from fedoppu.server.exchange import Exchanger
+from fedoppu.common.two_server import SealedUpdate
+from fedoppu.server.exchange import Exchanger, Silence
+from fedoppu.server.helper import HelperLink
 from fedoppu.server.secagg import SecAggServer
 from fedoppu.server.tally import Tally
+from fedoppu.server.two_server import SealedServer, SealedStage
 
-ASK_AGAIN = 3  # times that missing unmask replies are asked for
+ASK_AGAIN = 3  # times that missing replies are asked for, where who was asked cannot be replaced
+FINAL: tuple[Silence, ...] = ("dropped", "refused", "malformed")  # no other answer would come
+Machine = SecAggServer | SealedServer
 
 
 @dataclass(frozen=True)
@@ -122,9 +130,9 @@ class Attempt:
         while isinstance(stage := machine.stage, Exchange):
             before(machine)
             with self.tally.timed(stage.value):
-                self._ask(machine, stage)
+                self._ask(machine, stage.value)
                 if stage is Exchange.UNMASK:
-                    self._ask_again(machine)
+                    self._ask_again(machine, "query.unmask")
                 following = self._end(machine)
             for event in following:
                 if isinstance(event, SumReady):
@@ -140,34 +148,86 @@ class Attempt:
             lies = machine.liars
             self.tally.accuse({member: lies[member] for member in lies if member not in before})
 
-    def _ask(self, machine: SecAggServer, stage: Exchange) -> None:
+    def _ask(self, machine: Machine, name: Stage) -> None:
         """One exchange; what the machine does not accept counts as that member's drop."""
-        name: Stage = stage.value
-        requests = {out.member: self._request(out) for out in machine.pending()}
+        requests = {out.member: self._request(out, name) for out in machine.pending()}
         contents = write_requests(requests)
         answers = self.exchanger.exchange(name, contents, str(self.plan.round))
         self.tally.add(name, answers, tolerate_failures=self.tolerate_failures)
         before = set(machine.liars)
         for member in sorted(answers.replies):
-            reply = answers.replies[member]
-            if isinstance(reply, ClientEvent):
-                machine.receive(reply)
+            _take(machine, answers.replies[member])
         self.tally.name(name, set(machine.liars) - before, machine.liars)
 
-    def _ask_again(self, machine: SecAggServer) -> None:
+    def _ask_again(self, machine: Machine, name: Stage) -> None:
         for _ in range(ASK_AGAIN):
-            if machine.sufficient:
+            silent = self.tally.faults.get(name, {}).values()
+            if machine.sufficient or all(fault.silence in FINAL for fault in silent):
                 return
-            self._ask(machine, Exchange.UNMASK)
+            self._ask(machine, name)
 
-    def _request(self, out: Outgoing) -> Request:
+    def _request(self, out: Outgoing, name: Stage) -> Request:
         match out.event:
+            case RoundOpened() if name == SEALED:
+                return SealedTraining(out.event, self.config, self.model)
             case RoundOpened():
                 return Opening(out.event, self.config)
             case SharesDelivered():
                 return Training(out.event, self.model)
             case _:
                 return out.event
+
+    # --- two servers -----------------------------------------------------------------------------
+
+    def sealed(
+        self,
+        machine: SealedServer,
+        helper: HelperLink,
+        *,
+        before: Callable[[SealedServer], None],
+    ) -> Outcome:
+        """The two-server mode: one exchange with the members, and one with the helper.
+
+        Args:
+            machine: Fresh, or loaded where a crash left it.
+            helper: Is asked for the masks of those who answered.
+            before: Is given the machine before each exchange, and makes it durable: whoever was
+                asked may have answered, and takes part in no other attempt.
+
+        Raises:
+            RoundAborted: Too few sent masked words or a good seed; another attempt may be made.
+            ProtocolError: The helper refuses, or its answer or the sum cannot be used. It answers
+                for a round once, so there is no other attempt.
+            ClientFailed: An exception in a client.
+        """
+        if machine.stage is SealedStage.SEALED:
+            before(machine)
+            with self.tally.timed(SEALED):
+                self._ask(machine, SEALED)
+                self._ask_again(machine, SEALED)
+            machine.close()
+        before(machine)
+        return self._decode_once(self._unmasked(machine, helper))
+
+    def _unmasked(self, machine: SealedServer, helper: HelperLink) -> SumReady:
+        """The helper's part; whose seed is bad is in what its author signed."""
+        before = set(machine.liars)
+        try:
+            with self.tally.timed(SealedStage.HELPER.value):
+                return machine.unmask(helper.ask(machine.request()))
+        finally:
+            lies = machine.liars
+            self.tally.accuse({member: lies[member] for member in lies if member not in before})
+
+    def _decode_once(self, ready: SumReady) -> Outcome:
+        try:
+            return self.decode(ready, self.plan)
+        except RoundAborted as error:
+            raise ProtocolError(
+                f"{error}; the helper has answered for round {self.plan.round} and answers for no "
+                "other set",
+                hint="the run ends here; see who took part in this round before beginning another",
+            ) from None
 
     # --- research only ---------------------------------------------------------------------------
 
@@ -196,6 +256,15 @@ class Attempt:
                 f"{len(cohort)} members answered, {self.plan.min_cohort} must"
             )
         return _mean_of(updates, self.plan)
+
+
+def _take(machine: Machine, reply: Reply) -> None:
+    """Hands a reply to the machine that it is for."""
+    if isinstance(machine, SealedServer):
+        if isinstance(reply, SealedUpdate):
+            machine.receive(reply)
+    elif isinstance(reply, ClientEvent):
+        machine.receive(reply)
 
 
 def _mean_of(updates: Sequence[PlainUpdate], plan: RoundPlan) -> Outcome:

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from fedoppu.common.adapters import Adapter
 from fedoppu.common.agreed import agreed
-from fedoppu.common.errors import DataError, RoundAborted
+from fedoppu.common.errors import DataError, RoundAborted, UsageError
 from fedoppu.common.privacy import PrivacySpent
 from fedoppu.common.rounds import Exchange, RoundPlan
 from fedoppu.common.shared_adapter import apply_mean, sent_down, travelling
 from fedoppu.common.thresholds import plan_thresholds
+from fedoppu.common.two_server import HelperKeys
 from fedoppu.server.attempt import Attempt, Outcome
 from fedoppu.server.charges import Charge
 from fedoppu.server.checkpoint import AttemptState, RoundCheckpoint
@@ -31,6 +32,7 @@ from fedoppu.server.ranges import next_range
 from fedoppu.server.runtime import ServerRuntime
 from fedoppu.server.secagg import SecAggServer
 from fedoppu.server.tally import Tally
+from fedoppu.server.two_server import SealedServer
 
 # exchanges that bring masked vectors
 MASKED = ("train.masked", "train.sealed")
@@ -175,7 +177,8 @@ class Rounds:
 
     def _plan(self, standing: Standing, state: AttemptState) -> RoundPlan:
         config, adapter = self.runtime.config, standing.adapter
-        limits = plan_thresholds(len(state.cohort), config.thresholds)
+        graph = config.secagg.mode == "graph"
+        limits = plan_thresholds(len(state.cohort), config.thresholds, graph=graph)
         plan = RoundPlan(
             run_id=state.run_id,
             round=state.round,
@@ -197,6 +200,8 @@ class Rounds:
     def _outcome(self, attempt: Attempt, state: AttemptState) -> Outcome:
         if self.runtime.config.plain_updates:
             return attempt.plain(state.cohort)
+        if self.runtime.config.secagg.mode == "two_server":
+            return self._sealed(attempt, state)
         machine = self._machine(attempt.plan, state)
 
         def before(machine: SecAggServer) -> None:
@@ -214,13 +219,28 @@ class Rounds:
         if not state.machine:
             return SecAggServer(plan, roster, invited=state.cohort, corrupt=corrupt)
         machine = SecAggServer.load(state.machine, roster, corrupt=corrupt)
-        if machine.plan != plan:
-            raise DataError(
-                f"the stored attempt at round {plan.round} has another plan than this run would "
-                "make: configuration, roster or model were changed",
-                hint="go on with those that the run began with",
-            )
+        _require_same(machine.plan, plan)
         return machine
+
+    def _sealed(self, attempt: Attempt, state: AttemptState) -> Outcome:
+        """The two-server mode: whoever is asked may have answered, and sits out if it fails."""
+        runtime, secagg = self.runtime, self.runtime.config.secagg
+        if runtime.helper is None:
+            raise UsageError("secagg.mode=two_server needs a link to the helper, and there is none")
+        keys = HelperKeys.parse(secagg.helper, hybrid=secagg.key_exchange == "hybrid")
+        if state.machine:
+            machine = SealedServer.load(state.machine, runtime.roster, helper=keys)
+            _require_same(machine.plan, attempt.plan)
+        else:
+            machine = SealedServer(attempt.plan, runtime.roster, invited=state.cohort, helper=keys)
+
+        def before(machine: SealedServer) -> None:
+            if machine.stage in MASKED:
+                self._charge(state)
+            asked = machine.invited
+            runtime.attempts.save(replace(state, asked=asked, machine=machine.dump()))
+
+        return attempt.sealed(machine, runtime.helper, before=before)
 
     # --- the budget ------------------------------------------------------------------------------
 
@@ -270,6 +290,15 @@ class Rounds:
         self.runtime.attempts.save(AttemptState(state.run_id, state.round + 1, attempt=-1))
         self.runtime.progress(record, timing)
         return Standing(state.round, adapter, record.next_range, state.run_id)
+
+
+def _require_same(stored: RoundPlan, plan: RoundPlan) -> None:
+    if stored != plan:
+        raise DataError(
+            f"the stored attempt at round {plan.round} has another plan than this run would "
+            "make: configuration, roster or model were changed",
+            hint="go on with those that the run began with",
+        )
 
 
 def _charge_of(state: AttemptState) -> Charge:

@@ -14,6 +14,7 @@ from fedoppu.server.charges import ChargeLedger
 from fedoppu.server.checkpoint import AttemptLog, Attempts, CheckpointStore, MemoryAttempts
 from fedoppu.server.cohort import CohortSampler, sampler_of
 from fedoppu.server.directory import Directory
+from fedoppu.server.helper import HelperLink
 from fedoppu.server.metrics import RoundRecord, RoundTiming
 from fedoppu.server.privacy import PrivacyMechanism, privacy_of
 
@@ -42,6 +43,7 @@ class ServerRuntime:
             their times.
         warn: Is told what weakens a promise.
         sampler: Of the cohorts; by default the one that the config's privacy assumes.
+        helper: Reaches the helper of the two-server mode; None in graph mode.
         stopped: Is told why a run ends before its last round.
         deadline: Seconds that a stage waits for replies.
         poll: Seconds between two looks for replies.
@@ -60,6 +62,7 @@ class ServerRuntime:
     progress: Progress = _silent
     warn: Callable[[str], None] = logger.warning
     sampler: CohortSampler | None = None
+    helper: HelperLink | None = field(default=None, repr=False)
     stopped: Callable[[str], None] = logger.info
     deadline: float = 600.0
     poll: float = 0.05

@@ -11,7 +11,7 @@ is its own drop, and is named. What server and helper learn is told in `common/t
 A member whose seed does not open is seen only by the helper, when its words are in the sum already.
 So all masked words are kept until the helper has answered, and the bad ones are taken off again.
 They are not part of a dump, which holds the sum alone: a server that was restarted in between and
-then hears of a bad seed has to give the round up.
+then hears of a bad seed has to give the round up, and with it the run: the helper has answered.
 """
 
 from collections.abc import Iterable, Mapping
@@ -189,16 +189,16 @@ class SealedServer:
         """Takes the helper's answer.
 
         Raises:
-            ProtocolError: It is not for this round and set, or not the helper's; nothing changed.
-            RoundAborted: Too few seeds were good, or a bad one's words were lost in a restart; the
-                round is over.
+            ProtocolError: It is not for this round and set, or not the helper's; or a bad seed's
+                words were lost in a restart.
+            RoundAborted: Too few seeds were good; the attempt is over.
         """
         self._require_asking()
         self._require_answer(answer)
         for member in answer.unsealed:
             self._name(member, "sealed no seed that the helper can open")
         if not answer.survivors:
-            self._abort(f"the seeds of members {list(answer.unsealed)} do not open")
+            self._abort(f"{len(answer.unsealed)} seeds do not open, too few are left")
         total = self._without(answer.unsealed)
         np.subtract(total, answer.words, out=total)
         self._end(SealedStage.DONE)
@@ -305,9 +305,9 @@ class SealedServer:
         total = self._sum.copy()
         for member in members:
             if member not in self._words:
-                self._abort(
+                raise ProtocolError(
                     f"the seed of member {member} does not open, and a restart has lost the words "
-                    "that must be taken off the sum"
+                    "that must be taken off the sum; the helper answers for no other set"
                 )
             np.subtract(total, self._words[member], out=total)
         return total

@@ -31,6 +31,7 @@ from fedoppu.common.randomness import Randomness
 from fedoppu.simulations.console import Console
 from fedoppu.simulations.evaluation import Evaluation, chosen_arms, evaluate
 from fedoppu.simulations.executors import Workforce
+from fedoppu.simulations.helper import pinned_helper
 from fedoppu.simulations.panels import ArmScores
 from fedoppu.simulations.printing import print_table
 from fedoppu.simulations.report import write_report
@@ -76,6 +77,7 @@ def _checked(run: RunConfig) -> BaseFacts:
         probe = federation(
             run, base, task=task, k=0, profile="none", base_users=run.base_users, seed=run.seed
         )
+        probe = pinned_helper(probe, Randomness.from_seed(run.seed))
         SharedPhase.check(probe, base, personal_settings(run, base, task))
     return base
 
@@ -130,6 +132,7 @@ def _phases(
                         base_users=len(users.base),
                         seed=seed,
                     )
+                    config = pinned_helper(config, Randomness.from_seed(seed))
                     # on data there may be fewer base users than were asked for
                     SharedPhase.check(config, base, personal_settings(run, base, task))
                     yield SharedPhase(run, base, config, seed, users, home / f"k{k}-{profile}")

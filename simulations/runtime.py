@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from flwr.app import ConfigRecord, Context, RecordDict
@@ -20,21 +21,32 @@ from numpy.typing import NDArray
 
 from fedoppu.client.failure import describe
 from fedoppu.client.jobs import ClientFailure, ClientJob, Example, LocalUpdate, TrainedAdapter
+from fedoppu.client.ledger import VaultLedger
 from fedoppu.client.policy import ClientPolicy
 from fedoppu.client.secagg import KeySource
 from fedoppu.client.vault import StateStore
 from fedoppu.common.adapters import Adapter, AdapterSpec
 from fedoppu.common.config import FederationConfig
 from fedoppu.common.errors import ClientFailed, ProtocolError
-from fedoppu.common.messages import PLAIN, Opening, PlainTraining, Stage, Training, read_request
+from fedoppu.common.messages import (
+    PLAIN,
+    SEALED,
+    Opening,
+    Stage,
+    Training,
+    Whole,
+    read_request,
+)
 from fedoppu.common.randomness import Randomness
 from fedoppu.common.roster import Roster
 from fedoppu.common.rounds import RoundPlan
 from fedoppu.common.shared_adapter import initial_shared, rebuild_shared, sent_down, travelling
 from fedoppu.common.signing import Identity
 from fedoppu.server.directory import HelloDirectory
+from fedoppu.server.helper import HelperLink
 from fedoppu.server.runtime import Progress, ServerRuntime
 from fedoppu.simulations.executors import GroupExecutor
+from fedoppu.simulations.helper import simulated_helper
 from fedoppu.simulations.key_source import GridMarker, SeededKeySource
 from fedoppu.simulations.virtual_users import MemoryOutbox, MemoryState
 from fedoppu.simulations.workers import Worker
@@ -42,6 +54,7 @@ from fedoppu.simulations.workers import Worker
 LEAST_HELD_OUT = 4  # fewer say nothing of a loss (spec of secure aggregation, rule 11)
 # after training, so that a drop never changes a group
 DROP_STAGES: tuple[Stage, ...] = ("train.masked", "query.consistency", "query.unmask")
+WHOLE: tuple[Stage, ...] = (SEALED, PLAIN)  # a round in one message
 STARTING = (
     900.0  # seconds that all members may take: Flower's engine starts slowly on a busy machine
 )
@@ -159,6 +172,7 @@ class SimulatedFederation:
         keys: Key source of a member.
         group_users: Members trained in one pass.
         dropout: Chance that a member drops out of a round, at a random stage from training on.
+        helper: Reaches the helper; None in graph mode.
     """
 
     config: FederationConfig
@@ -169,6 +183,7 @@ class SimulatedFederation:
     keys: Callable[[int], KeySource]
     group_users: int = 1
     dropout: float = 0.0
+    helper: HelperLink | None = field(default=None, repr=False)
 
     @cached_property
     def initial(self) -> Adapter:
@@ -198,14 +213,16 @@ def simulate_members(
     identities = tuple(
         Identity(member, randomness.secret("identity", member)) for member in range(members)
     )
+    roster = Roster(tuple(identity.enrolled for identity in identities))
     return SimulatedFederation(
         config=config,
         spec=spec,
         identities=identities,
-        roster=Roster(tuple(identity.enrolled for identity in identities)),
+        roster=roster,
         randomness=randomness,
         keys=lambda member: SeededKeySource(randomness, member, marker),
         group_users=group_users,
+        helper=simulated_helper(config, roster, randomness, marker=marker),
     )
 
 
@@ -234,6 +251,7 @@ def simulated_server(
         run_id=federation.randomness.secret("run", length=16).hex(),
         progress=progress,
         warn=warn,
+        helper=federation.helper,
         replays=True,
     )
 
@@ -262,6 +280,7 @@ class SimulatedUsers:
         self._in_context = in_context
         self._states: dict[int, MemoryState] = {}
         self._outboxes: dict[int, MemoryOutbox] = {}
+        self._locks: dict[int, Lock] = {}
         self._plan: RoundPlan | None = None
         self._ready: Mapping[int, Result] = {}
 
@@ -276,11 +295,15 @@ class SimulatedUsers:
         """What a member sent."""
         return self._outboxes.setdefault(member, MemoryOutbox())
 
+    def lock(self, member: int) -> Lock:
+        """Held while a member's state is compared and stored: one for the threads of this process."""
+        return self._locks.setdefault(member, Lock())
+
     # --- the stage, seen whole -------------------------------------------------------------------
 
     def ready(self, stage: Stage, requests: Mapping[int, RecordDict]) -> Iterator[tuple[int, ...]]:
         """Yields the members of a stage; those of a train stage group by group, each trained."""
-        if stage not in ("query.keys", "train.masked", "train.plain"):
+        if stage not in ("query.keys", "train.masked", SEALED, PLAIN):
             yield tuple(requests)
             return
         try:
@@ -288,9 +311,9 @@ class SimulatedUsers:
         except ProtocolError:  # each client says so itself
             yield tuple(requests)
             return
-        if isinstance(request, Opening | PlainTraining):
+        if isinstance(request, Opening | Whole):
             self._plan = request.event.plan
-        if isinstance(request, Training | PlainTraining) and self._plan is not None:
+        if isinstance(request, Training | Whole) and self._plan is not None:
             yield from self._train(self._plan, sorted(requests), request.model)
         else:
             yield tuple(requests)
@@ -359,6 +382,16 @@ class SimulatedMember:
         return self.users.federation.randomness.child("member", self.index)
 
     @property
+    def lock(self) -> Lock:
+        """For this member alone."""
+        return self.users.lock(self.index)
+
+    @property
+    def ledger(self) -> VaultLedger:
+        """Without a budget: virtual users are charged, and refuse nothing."""
+        return VaultLedger(self.state, corrupt=self.policy.corrupt)
+
+    @property
     def outbox(self) -> MemoryOutbox:
         """What this member sent."""
         return self.users.outbox(self.index)
@@ -391,11 +424,11 @@ class SimulatedMember:
     def drops(self, stage: Stage, plan: RoundPlan) -> bool:
         """Whether this member drops out at this stage of this attempt: a function of the root."""
         federation = self.users.federation
-        if federation.dropout == 0 or stage not in (*DROP_STAGES, PLAIN):
+        if federation.dropout == 0 or stage not in (*DROP_STAGES, *WHOLE):
             return False
         stream = federation.randomness.stream("drop", plan.round, plan.attempt, self.index)
         dropped, where = stream.random() < federation.dropout, stream.integers(len(DROP_STAGES))
-        return bool(dropped) and stage in (DROP_STAGES[where], PLAIN)
+        return bool(dropped) and stage in (DROP_STAGES[where], *WHOLE)
 
     def failed(self, stage: Stage, error: Exception) -> None:
         """Keeps an error in full."""

@@ -87,7 +87,8 @@ class SharedPhase:
             BaseModelError: The base lacks a module that an adapter names; the message lists its own.
         """
         if config.rounds:
-            plan_thresholds(config.cohort, config.thresholds)
+            graph = config.secagg.mode == "graph"
+            plan_thresholds(config.cohort, config.thresholds, graph=graph)
             require_no_overflow(config.encoding, config.cohort)
         for settings in (config.shared.adapter, personal.adapter):
             targets = settings.targets or ()

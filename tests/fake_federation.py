@@ -135,6 +135,7 @@ def federation(
         "poll": 0.001,
         "deadline": 5.0,
         "replays": True,
+        "helper": simulated.helper,
     }
     runtime = ServerRuntime(**(settings | changes))
     return Federation(config, simulated, users, wrap_grid(grid), runtime, records, timings)

@@ -377,7 +377,7 @@ def test_clear_update_is_refused_where_the_owner_does_not_allow_it(tmp_path: Pat
 
 def test_federation_of_clear_updates_has_no_keys(tmp_path: Path) -> None:
     made = federation(tmp_path, replace(CONFIG, plain_updates=True))
-    assert "has no exchange of keys" in refusal(ask(made, "query.keys", opening(made)))
+    assert "has no exchange of keys or seeds" in refusal(ask(made, "query.keys", opening(made)))
 
 
 def test_clear_update_is_clipped_and_its_weight_bounded(tmp_path: Path) -> None:
