@@ -9,9 +9,11 @@ An honest server that runs this holds no one's self seed and mask key both, and 
 before it holds the signatures of more than (n + c) / 2 of the cohort over one survivor set. A
 client does not rely on any of this: it has floors of its own.
 
-Not guaranteed: that a round survives what is hidden until the end. A dealer of wrong shares that
-then drops costs the round, and is named; so does a vector that takes a total out of its range, and
-nobody can tell whose it was.
+Not guaranteed: that a round survives what is hidden until the end. A dealer of shares that fit
+their hashes and no secret costs the round if it then drops, and is named; so does one whose offer
+of a pair secret is none (`client/dealing.py`); and a vector that takes a total out of its range,
+and nobody can tell whose it was. A dealer whose packages do not open is complained of
+(`server/complaints.py`) before anybody is asked to unmask.
 
 Giving up is final: an aborted machine has forgotten the masked sum and the replies, and everyone
 who was asked to unmask must sit out until the model has changed (rule 5; the strategy's part).
@@ -61,6 +63,7 @@ from fedoppu.server.answers import (
     fault_in_reply,
     unsigned,
 )
+from fedoppu.server.complaints import judge, without_complainers
 from fedoppu.server.unmasking import Evidence, lacking, unmask
 
 
@@ -94,6 +97,7 @@ class _State:
         adverts: Valid ones, by member; after the first stage, the cohort.
         bundles: By dealer.
         masked: Members whose vectors are in the sum: their signatures.
+        complaints: Sender: dealers whose shares it does not hold; only of those who complained.
         signatures: Over the survivor set.
         replies: By sender.
         spoiled: Members whose answer in this stage was bad; nobody waits for another.
@@ -106,6 +110,7 @@ class _State:
     adverts: Mapping[int, Advert] = field(default_factory=dict)
     bundles: Mapping[int, ShareBundle] = field(default_factory=dict, repr=False)
     masked: Mapping[int, bytes] = field(default_factory=dict)
+    complaints: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     signatures: Mapping[int, bytes] = field(default_factory=dict)
     replies: Mapping[int, UnmaskReply] = field(default_factory=dict, repr=False)
     spoiled: tuple[int, ...] = ()
@@ -263,6 +268,9 @@ class SecAggServer:
             case MaskedUpdate():
                 np.add(self._sum, event.words, out=self._sum)
                 after = replace(state, masked={**state.masked, member: event.signature})
+                if event.complaints:
+                    complaints = {**state.complaints, member: event.complaints}
+                    after = replace(after, complaints=complaints)
             case SurvivorSignature():
                 after = replace(state, signatures={**state.signatures, member: event.signature})
             case UnmaskReply():
@@ -320,6 +328,9 @@ class SecAggServer:
     def _end(self, stage: Exchange) -> list[Outgoing | SumReady]:
         if stage is Exchange.KEYS:
             self._form()
+        if stage is Exchange.MASKED:
+            for member, fault in judge(self._state.complaints, self._corrupt).items():
+                self._name(member, fault)
         lack = self._lack()
         if lack is not None:
             self._abort(stage, lack)
@@ -365,9 +376,9 @@ class SecAggServer:
     def _cut_off(self, owners: Iterable[int]) -> str | None:
         """Owners whose secrets could not be restored by those who answered this stage."""
         live, needed = self._answered().keys(), self.plan.threshold
-        graph = self._formed().graph
+        graph, complaints = self._formed().graph, self._state.complaints
         for owner in sorted(owners):
-            holders = graph.live_holders(owner, live)
+            holders = graph.live_holders(owner, without_complainers(live, owner, complaints))
             if holders < needed:
                 return f"member {owner} has {holders} live holders of its shares, {needed} must be"
         return None
