@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,9 +82,9 @@ class RoundPlan:
         """JSON with sorted keys: the bytes that travel and that are hashed."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
 
-    @property
+    @cached_property
     def context(self) -> bytes:
-        """SHA-256 of the canonical bytes."""
+        """SHA-256 of the canonical bytes; every advert's check asks for it."""
         return hashlib.sha256(b"fedoppu round\n" + self.canonical()).digest()
 
 
