@@ -216,30 +216,34 @@ def _least(cost: Callable[[float], float], most: float, *, low: float, high: flo
 def poisson_shortfall(members: int, rate: float, floor: int) -> float:
     """Chance that a Poisson cohort has fewer than `floor` members: P(Binomial(members, rate) < floor).
 
-    The exact sum, from its largest term down; relative error below 1e-9.
+    The terms of the exact sum, from the largest down; relative error below 1e-9 up to a million members.
     """
     require("the sampling rate", rate, 0.0, 1.0)
     if floor <= 0 or floor > members:
         return 0.0 if floor <= 0 else 1.0
     if rate in (0.0, 1.0):
         return 1.0 - rate
-    count = floor - 1
-    ways = math.lgamma(members + 1) - math.lgamma(count + 1) - math.lgamma(members - count + 1)
-    term = math.exp(ways + count * math.log(rate) + (members - count) * math.log1p(-rate))
-    total, odds = term, (1 - rate) / rate
-    while count > 0:
-        ratio = count / (members - count + 1) * odds
-        if ratio < 1 and term < 1e-17 * total:
-            break
-        term *= ratio
-        total += term
-        count -= 1
-    return min(1.0, total)
+    if floor > members * rate:
+        return 1.0 - _lower_tail(members, 1 - rate, members - floor)
+    return _lower_tail(members, rate, floor - 1)
 
 
 def poisson_excess(members: int, rate: float, most: int) -> float:
     """Chance that a Poisson cohort has more than `most` members."""
     return poisson_shortfall(members, 1 - rate, members - most)
+
+
+def _lower_tail(members: int, rate: float, most: int) -> float:
+    """P(Binomial(members, rate) <= most) for most below the mode, where the terms fall."""
+    ways = math.lgamma(members + 1) - math.lgamma(most + 1) - math.lgamma(members - most + 1)
+    term = math.exp(ways + most * math.log(rate) + (members - most) * math.log1p(-rate))
+    total, odds = term, (1 - rate) / rate
+    for count in range(most, 0, -1):
+        term *= count / (members - count + 1) * odds
+        total += term
+        if term <= 1e-17 * total:
+            break
+    return min(1.0, total)
 
 
 def sum_excess(scale: float, clients: int) -> float:

@@ -26,9 +26,10 @@ from fedoppu.common.accounting import (
     poisson_shortfall,
     sampled_epsilon,
 )
-from fedoppu.common.config import PrivacySettings
+from fedoppu.common.config import PrivacySettings, ThresholdSettings
 from fedoppu.common.errors import UsageError
 from fedoppu.common.rounds import RoundPlan
+from fedoppu.common.thresholds import allowed_drops
 
 Adjacency = Literal["add_remove", "zero_out"]
 # Rotating and scaling in float32 may lengthen a vector: by 16 levels of a butterfly, 2^-24 each, and its norm's error.
@@ -156,6 +157,26 @@ def top_up(target: float, client_scale: float, survivors: int) -> float:
     return math.sqrt(max(0.0, missing))
 
 
+def steady_ratio(thresholds: ThresholdSettings, members: int) -> float:
+    """Variance of the noise that clients may add in all, of the target's z^2 sensitivity^2, in the worst cohort.
+
+    Each adds for the fewest survivors of its round's plan, less the corrupt; if nobody drops, and nobody is corrupt,
+    their sum has more. Up to this the server tops up every round's (distributed noise, Poisson sampling).
+
+    Args:
+        thresholds: Of the federation.
+        members: In the roster; a Poisson cohort may have any number of them.
+    """
+    least, worst = thresholds.floor + thresholds.corrupt, 1.0
+    for asked in range(least, members + 1):
+        survivors = max(asked - allowed_drops(asked, thresholds.max_drop), least)
+        worst = max(worst, asked / (survivors - thresholds.corrupt))
+        beyond = asked * (1 - thresholds.max_drop) - thresholds.corrupt
+        if beyond > 0 and asked / beyond <= worst * (1 + 1e-12):
+            break  # no larger cohort's ratio is above this, which falls
+    return worst
+
+
 def require_scales(total: float, client: float = math.inf) -> None:
     """Refuses noise so small that the integers show: below it the accounting of the Gaussian would be off.
 
@@ -277,9 +298,9 @@ def require_cohorts(participation: Participation, delta: float) -> None:
 
 
 def _shortfall(participation: Participation) -> float:
-    return participation.rounds * poisson_shortfall(
-        participation.members, participation.rate, participation.floor
-    )
+    """Chance that any round's cohort is below the floor, at most (the sum over the rounds)."""
+    one = poisson_shortfall(participation.members, participation.rate, participation.floor)
+    return min(1.0, participation.rounds * one)
 
 
 def _noise(privacy: PrivacySettings) -> float:
