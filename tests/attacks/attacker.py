@@ -15,7 +15,7 @@ from fedoppu.client.policy import ClientPolicy, LastRound
 from fedoppu.client.secagg import InputEvent, KeySource, Pins, SecAggClient
 from fedoppu.common.cohort import Cohort
 from fedoppu.common.config import ThresholdSettings
-from fedoppu.common.masking import KeyAgreement, Mask, add_masks, public_key, self_mask
+from fedoppu.common.masking import Mask, add_masks, public_key, self_mask
 from fedoppu.common.quantization import VectorLayout
 from fedoppu.common.roster import Roster
 from fedoppu.common.rounds import (
@@ -36,6 +36,7 @@ from fedoppu.common.rounds import (
 )
 from fedoppu.common.secret_sharing import Share, restore
 from fedoppu.common.signing import Identity, advert_bytes
+from fedoppu.server.answers import cut_down
 from tests.integration.secagg_harness import CONFIG_HASH, HashKeys, identities, make_plan, roster_of
 
 SIMULATION = ClientPolicy.for_simulation()
@@ -166,7 +167,7 @@ class Rogue:
         """The share set and the packages that are for this member."""
         chosen = sorted(self.bundles) if dealers is None else list(dealers)
         cut = {
-            dealer: _cut(self.bundles[dealer], member)
+            dealer: cut_down(self.bundles[dealer], member, provable=self.plan.hybrid)
             for dealer in chosen
             if dealer in self.bundles and member in self.bundles[dealer].packages
         }
@@ -276,12 +277,7 @@ class Rogue:
             for peer in view.graph.neighbours(member)
             if peer in self.clients[member]._state.dealers and peer not in inside
         }
-        own_key = view.adverts[member].mask_key
-        return [
-            KeyAgreement(key).mask(own_key, view.scope, owner=peer, other=member)
-            for peer, key in found.items()
-            if key is not None
-        ]
+        return [pairwise(view, key, peer, member) for peer, key in found.items() if key]
 
 
 def strip(
@@ -294,15 +290,13 @@ def strip(
     peer_keys: Mapping[int, bytes] | None = None,
 ) -> Words | None:
     """A masked vector without its masks, or None if some pairwise mask is not known."""
-    owner, scope, keys = masked.member, view.scope, peer_keys or {}
-    masks = [less(self_mask(seed, scope, owner))]
+    owner, keys = masked.member, peer_keys or {}
+    masks = [less(self_mask(seed, view.scope, owner))]
     for peer in frozenset(dealers).intersection(view.graph.neighbours(owner)):
-        theirs = view.adverts[peer].mask_key
         if own_key is not None:
-            masks.append(less(KeyAgreement(own_key).mask(theirs, scope, owner=owner, other=peer)))
+            masks.append(less(pairwise(view, own_key, owner, peer)))
         elif peer in keys:
-            mine = view.adverts[owner].mask_key
-            masks.append(KeyAgreement(keys[peer]).mask(mine, scope, owner=peer, other=owner))
+            masks.append(pairwise(view, keys[peer], peer, owner))
         else:
             return None
     words = masked.words.copy()
@@ -310,16 +304,16 @@ def strip(
     return words
 
 
+def pairwise(view: Cohort, key: bytes, own: int, peer: int, offered: bytes = b"") -> Mask:
+    """The mask of `own` with a peer, from a mask key of `own`."""
+    mask = view.exchange.load(key).mask(view.mask_link(own, peer), offered)
+    assert mask is not None
+    return mask
+
+
 def less(mask: Mask) -> Mask:
+    """The mask that takes a mask away."""
     return replace(mask, negative=not mask.negative)
-
-
-def _cut(bundle: ShareBundle, member: int) -> ShareBundle:
-    return replace(
-        bundle,
-        packages={member: bundle.packages[member]},
-        share_hashes={member: bundle.share_hashes[member]},
-    )
 
 
 def forged_advert(plan: RoundPlan, member: int, *, signer: Identity, **changes: Any) -> Advert:

@@ -11,21 +11,35 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+from flwr.app import RecordDict
 
 from fedoppu.client import secagg
-from fedoppu.client.policy import ClientPolicy
-from fedoppu.client.secagg import Phase
+from fedoppu.client.policy import ClientPolicy, LastRound
+from fedoppu.client.seat import Seat
+from fedoppu.client.secagg import Phase, SecAggClient
+from fedoppu.client.secagg_state import State
+from fedoppu.common import masking
 from fedoppu.common.cohort import Cohort, advert_fault
-from fedoppu.common.masking import KeyAgreement, Mask
+from fedoppu.common.errors import RoundAborted
+from fedoppu.common.masking import Mask
+from fedoppu.common.messages import Stage
 from fedoppu.common.randomness import Key, encode_key
 from fedoppu.common.roster import Roster
 from fedoppu.common.rounds import (
     Advert,
+    ClientEvent,
+    Exchange,
     RoundPlan,
+    SurvivorSignature,
     SurvivorsProposed,
     UnmaskRequested,
+    UpdateReady,
 )
-from fedoppu.common.signing import Scope
+from fedoppu.common.signing import Scope, survivors_bytes
+from fedoppu.server.checkpoint import AttemptState
+from fedoppu.server.rounds import Rounds
+from fedoppu.server.secagg import SecAggServer
+from fedoppu.server.tally import Tally
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -82,13 +96,13 @@ def _bind_no_round(scope: Scope, tag: str, *parts: Key) -> bytes:
 
 def _bind_no_members(scope: Scope, tag: str, *parts: Key) -> bytes:
     """Packages, their keys and the hashes of shares say no more whose they are and for whom."""
-    if tag in ("package", "channel", "share"):
+    if tag in ("package", "share"):
         parts = tuple(part for part in parts if not isinstance(part, int))
     return encode_key((f"fedoppu {tag}", scope.context, scope.cohort, *parts))
 
 
-def _bind_no_pair(self: KeyAgreement, peer: bytes, scope: Scope, *, owner: int, other: int) -> Mask:
-    return Mask(self._derive(peer, scope, "pair mask", ()), negative=owner > other)
+def _mask_of_any_pair(secret: bytes, scope: Scope, *, owner: int, other: int) -> Mask:
+    return Mask(masking.derive(secret, scope.bind("pair mask")), negative=owner > other)
 
 
 def _unbound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +115,7 @@ def _with_any_keys(
 ) -> tuple[Cohort, dict[int, str]]:
     """`form_cohort` that takes keys which two members share."""
     ordered = sorted(adverts, key=lambda advert: advert.member)
-    valid = {a.member: a for a in ordered if advert_fault(a, plan.context, roster) is None}
+    valid = {a.member: a for a in ordered if advert_fault(a, plan, roster) is None}
     return Cohort(plan, valid), {}
 
 
@@ -118,6 +132,67 @@ def _answer_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secagg, "TRANSITIONS", {**secagg.TRANSITIONS, Phase.DONE: again})
 
 
+def _signs_outside(
+    client: SecAggClient, event: SurvivorsProposed
+) -> tuple[State, list[ClientEvent]]:
+    """A client that signs any survivor set, whether or not it is in it."""
+    message = survivors_bytes(client._formed().scope, event.dealers, event.survivors)
+    signed = SurvivorSignature(client.member, client._identity.sign(message))
+    state = replace(client._state, phase=Phase.SIGNED.value, survivors=event.survivors)
+    return state, [signed]
+
+
+def _keeps_pairs(mask: Callable[..., Any]) -> Callable[..., Any]:
+    """A client that does not let go of the keys of its pairwise masks."""
+
+    def keep(client: SecAggClient, event: UpdateReady) -> Any:
+        pairs = {peer: bytearray(key) for peer, key in client._state.pairs.items()}
+        state, answer = mask(client, event)
+        return replace(state, pairs=pairs), answer
+
+    return keep
+
+
+def _keeps_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(State, "without_secrets", lambda state: state)
+    monkeypatch.setattr(SecAggClient, "_mask", _keeps_pairs(SecAggClient._mask))
+
+
+def _forgets_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vector goes out, then the power fails before anything of it is on the disk."""
+    save, keep = Seat.save, Seat.keep
+
+    def save_all_but(seat: Seat, machine: bytes, last: LastRound | None) -> None:
+        if b'"phase":"masked"' not in machine.replace(b" ", b""):
+            save(seat, machine, last)
+
+    def keep_all_but(seat: Seat, stage: Stage, request: RecordDict, reply: RecordDict) -> None:
+        if stage != "train.masked":
+            keep(seat, stage, request, reply)
+
+    monkeypatch.setattr(Seat, "save", save_all_but)
+    monkeypatch.setattr(Seat, "keep", keep_all_but)
+
+
+def _forgets_the_asked(rounds: Rounds, state: AttemptState, tally: Tally) -> AttemptState:
+    after = replace(state, sitting_out=(), asked=(), machine=b"")
+    rounds.runtime.attempts.save(after)
+    return after
+
+
+def _aborts_for_now(server: SecAggServer, stage: Exchange, lack: str) -> None:
+    raise RoundAborted(f"ended in {stage.value}: {lack}")
+
+
+def _no_self_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self mask is one that everyone knows."""
+    real = masking.self_mask
+    for module in (CLIENT, "tests.attacks.attacker"):
+        monkeypatch.setattr(
+            f"{module}.self_mask", lambda _, scope, member: real(bytes(32), scope, member)
+        )
+
+
 def _simple_majority(policy: ClientPolicy, members: Collection[int]) -> int:
     return len(members) // 2 + 1
 
@@ -126,6 +201,7 @@ def _of_the_cohort(cls: type[ClientPolicy], size: int) -> ClientPolicy:
     return cls(corrupt=1)
 
 
+SEAT = "fedoppu.client.seat.Seat"
 POLICY = "fedoppu.client.policy.ClientPolicy"
 CLIENT = "fedoppu.client.secagg"
 VERIFY_ADVERT = "fedoppu.common.cohort.verify_public"
@@ -154,7 +230,7 @@ RULES: Mapping[str, Rule] = {
     ),
     "pair in mask": Rule(
         "a pairwise mask names its two members",
-        _set("fedoppu.common.masking.KeyAgreement.mask", value=_bind_no_pair),
+        _set("fedoppu.common.masking.pair_mask", value=_mask_of_any_pair),
     ),
     "unique identities": Rule(
         "a roster holds each identity once",
@@ -191,10 +267,28 @@ RULES: Mapping[str, Rule] = {
     ),
     "one survivor set": Rule("a client signs one survivor set", _sign_again),
     "one reply": Rule("a client unmasks once", _answer_again),
-    "erasure": Rule(
-        "secrets are overwritten when their use is over",
-        _set(f"{CLIENT}._without_secrets", value=lambda state: state),
+    "erasure": Rule("secrets are overwritten when their use is over", _keeps_secrets),
+    "one round for a model": Rule(
+        "one model is answered for once", _set(f"{SEAT}.require_unanswered", value=_never_objects)
     ),
+    "durable state": Rule(
+        "each stage is stored before its message is sent",
+        _set(f"{SEAT}.save", f"{SEAT}.keep", value=_never_objects),
+    ),
+    "durable state at training": Rule("a vector is stored before it is sent", _forgets_training),
+    "the asked sit out": Rule(
+        "who was asked to unmask sits out until the model has changed",
+        _set("fedoppu.server.rounds.Rounds._give_up", value=_forgets_the_asked),
+    ),
+    "giving up is final": Rule(
+        "a round that is given up has no sum",
+        _set("fedoppu.server.secagg.SecAggServer._abort", value=_aborts_for_now),
+    ),
+    "silence of the excluded": Rule(
+        "outside the survivor set nobody unmasks",
+        _set(f"{CLIENT}.SecAggClient._sign", value=_signs_outside),
+    ),
+    "self mask": Rule("a vector has a mask of its own beside the pairwise ones", _no_self_mask),
     # --- shares
     "who a package is for": Rule(
         "a package is bound to dealer and holder",
