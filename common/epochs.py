@@ -284,7 +284,8 @@ def require_successor(before: RosterEpoch, epoch: RosterEpoch) -> None:
         raise ProtocolError(f"roster epoch {number} names another authority than epoch 0")
     require_authority(epoch)
     _require_kept(before, epoch)
-    if epoch.run_id == before.run_id and epoch.first_round <= before.first_round:
+    same_run = epoch.run_id != "" and epoch.run_id == before.run_id
+    if same_run and epoch.first_round <= before.first_round:
         raise ProtocolError(
             f"roster epoch {number} holds from round {epoch.first_round}, epoch {before.number} "
             f"from round {before.first_round}: a later epoch begins later"

@@ -208,7 +208,7 @@ def test_two_victims_cannot_be_led_into_two_rosters() -> None:
     branches = fork(POLICY, liars=set())
     assert [len(branch.countersignatures) for branch in branches] == [4, 4]
     for branch in branches:
-        with pytest.raises(RefusedByPolicy, match="4 of 8 members countersigned .* 5 must have"):
+        with pytest.raises(RefusedByPolicy, match=r"4 of 8 members countersigned .* 5 must have"):
             follow(FIRST, branch, POLICY)
 
 
