@@ -125,7 +125,8 @@ def federation(
     cohort, encoding, privacy = min(run.cohort, base_users), run.encoding, run.privacy
     check_privacy(run)
     if privacy.mechanism != "none":
-        shared = replace(shared, max_weight=1)
+        # no loss travels, so no item is held out for one
+        shared = replace(shared, max_weight=1, held_out=0)
         encoding = _private_encoding(encoding, shared, base)
         planned = Participation(
             members=base_users,

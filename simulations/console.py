@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from rich.console import Console as RichConsole
 
+from fedoppu.simulations.printing import privacy_text
+
 T = TypeVar("T")
 Row = Mapping[str, Any]
 FILE_WIDTH = 100  # of a table that goes to a file or a pipe
@@ -41,13 +43,21 @@ class Console:
 
     def round_done(self, record: Row, rounds: int) -> None:
         """Prints one round of the shared phase, from its deterministic metrics."""
-        loss = record["held_out_loss"]
-        self.say(
-            f"  round {record['round']:>3}/{rounds}  cohort {len(record['cohort'])}  "
-            f"survivors {len(record['survivors'])}  dropped {record['dropped']}  "
-            f"up {_bytes(record['bytes_up'])}  down {_bytes(record['bytes_down'])}  "
-            f"held-out loss {'-' if loss is None else f'{loss:.3f}'}"
-        )
+        parts = [f"round {record['round']:>3}/{rounds}"]
+        if record["cohort"] is not None:  # a Poisson cohort is not published, nor what counts it
+            parts += [
+                f"cohort {len(record['cohort'])}",
+                f"survivors {len(record['survivors'])}",
+                f"dropped {record['dropped']}",
+                f"up {_bytes(record['bytes_up'])}",
+                f"down {_bytes(record['bytes_down'])}",
+            ]
+        if "privacy" in record:
+            parts.append(privacy_text(record["privacy"]))
+        else:
+            loss = record["held_out_loss"]
+            parts.append(f"held-out loss {'-' if loss is None else f'{loss:.3f}'}")
+        self.say("  " + "  ".join(parts))
 
     def steps(self, name: str, work: Iterable[T], total: int) -> Iterator[T]:
         """Yields from `work` and says how far it is, with the time that is left."""

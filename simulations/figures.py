@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any
 
 import matplotlib
@@ -118,15 +119,16 @@ def _round_lines(
     known = [(p.round, p.held_out_loss) for p in points if p.held_out_loss is not None]
     rounds = [point.round for point in points]
     megabytes, total = [], 0.0
-    for point in points:
-        total += (point.bytes_up + point.bytes_down) / 1e6
+    for point in points:  # what is not published leaves a gap
+        total += nan if point.bytes_up is None else (point.bytes_up + (point.bytes_down or 0)) / 1e6
         megabytes.append(total)
+    dropped = [nan if point.dropped is None else point.dropped for point in points]
     mark = "." if len(points) < 40 else ""
     axes[0].plot(
         [r for r, _ in known], [loss for _, loss in known], label=name, marker=mark, **style
     )
     axes[1].plot(rounds, megabytes, **style)
-    axes[2].plot(rounds, [point.dropped for point in points], marker=mark, **style)
+    axes[2].plot(rounds, dropped, marker=mark, **style)
 
 
 def users(comparison: Comparison, unit: str) -> str:

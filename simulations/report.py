@@ -183,8 +183,10 @@ def _curves(data: ReportData) -> Any:
     return Markup(figures.shared_phase(data.rounds)) if data.rounds else None  # noqa: S704
 
 
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1000: 950 B, 1.2 kB, 3.4 MB."""
+def size(count: float | None) -> str:
+    """Bytes for people, in powers of 1000: 950 B, 1.2 kB, 3.4 MB; a dash where they are not known."""
+    if count is None:
+        return "-"
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

@@ -5,7 +5,7 @@ right side, against if on the wrong side, else open. An open finding is printed 
 nothing is left out because it failed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,19 +23,19 @@ class RoundPoint:
         federation: Names the line, for example "LaMP_2N k=0 profile=none seed=0".
         round: From 1.
         held_out_loss: Federated mean, nats per answer token; None if no member had held-out items.
-        bytes_up: Of this round, all members together.
-        bytes_down: Of this round, all members together.
-        asked: Members in the cohort.
-        dropped: Of them, without a part in the sum.
+        bytes_up: Of this round, all members together; None where the cohort is not published.
+        bytes_down: Likewise.
+        asked: Members in the cohort, likewise.
+        dropped: Of them, without a part in the sum, likewise.
     """
 
     federation: str
     round: int
     held_out_loss: float | None
-    bytes_up: int
-    bytes_down: int
-    asked: int
-    dropped: int
+    bytes_up: int | None
+    bytes_down: int | None
+    asked: int | None
+    dropped: int | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class ReportData:
         warnings: Switches that weaken a promise, and whatever failed.
         confidence: Of the intervals.
         plain_updates: Updates travelled in clear.
+        privacy: What each federation spent, one line each; empty without differential privacy.
         generated: The users are generated, not data.
     """
 
@@ -85,6 +86,7 @@ class ReportData:
     warnings: Sequence[str] = ()
     confidence: float = 0.95
     plain_updates: bool = False
+    privacy: Sequence[str] = ()
     generated: bool = True
 
 
@@ -99,14 +101,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Sums over the rounds of one federation; losses are the first and the last that are known."""
+    """Sums over the rounds of one federation, None where they are not published.
+
+    The losses are the first and the last that are known.
+    """
 
     federation: str
     rounds: int
-    asked: int
-    dropped: int
-    bytes_up: int
-    bytes_down: int
+    asked: int | None
+    dropped: int | None
+    bytes_up: int | None
+    bytes_down: int | None
     first_loss: float | None
     last_loss: float | None
 
@@ -117,6 +122,25 @@ CLAIMS = (
     ("personal-prior_shift", "It knows more than how often a user gives each answer."),
     ("personal-population", "It is the user's own data, not more data, that helps."),
     ("shared-base", "The federation's shared adapter is better than the base."),
+)
+MASKED = (
+    "A member's only message with model data is one masked vector of integers: a server that "
+    "follows the protocol learns of the updates their sum, the total weight, the clamp count and the "
+    "mean held-out loss, and who took part."
+)
+PRIVATE = (
+    "Neither a shared adapter nor a figure of the shared phase was computed from an exact sum. "
+    "The first epsilon bounds what whoever gets the adapters learns of one user's whole history, the "
+    "others what members and the server learn beside it. They hold for the users' part in the shared "
+    "phase, not for personal adapters or scores."
+)
+NO_PRIVACY = (
+    "No differential privacy: the sums and the shared adapter may still reveal something about the "
+    "members' texts."
+)
+SEED = (
+    "The noise came from the seed: whoever knows the seed can take it off again. A deployed server "
+    "and its clients take secrets of their own."
 )
 CONTENT = "It reads the text: permuting a user's answers makes them worse."
 
@@ -163,13 +187,18 @@ def _sum(name: str, points: Sequence[RoundPoint]) -> Traffic:
     return Traffic(
         name,
         len(points),
-        sum(point.asked for point in points),
-        sum(point.dropped for point in points),
-        sum(point.bytes_up for point in points),
-        sum(point.bytes_down for point in points),
+        _total(point.asked for point in points),
+        _total(point.dropped for point in points),
+        _total(point.bytes_up for point in points),
+        _total(point.bytes_down for point in points),
         losses[0] if losses else None,
         losses[-1] if losses else None,
     )
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    known = list(counts)
+    return None if None in known else sum(count or 0 for count in known)
 
 
 def guaranteed(data: ReportData) -> list[str]:
@@ -184,19 +213,13 @@ def guaranteed(data: ReportData) -> list[str]:
     ]
     if data.plain_updates:
         return promises
-    masked = (
-        "A member's only message with model data is one masked vector of integers: a server that "
-        "follows the protocol learns of the updates their sum, the total weight, the clamp count "
-        "and the mean held-out loss, and who took part."
-    )
-    return [masked, *promises]
+    return [PRIVATE if data.privacy else MASKED, *promises]
 
 
 def not_guaranteed(data: ReportData) -> list[str]:
     """What does not hold of this run."""
     limits = [
-        "No differential privacy: the sums and the shared adapter may still reveal something "
-        "about the members' texts.",
+        SEED if data.privacy else NO_PRIVACY,
         "A simulation is one trusted process that holds all virtual users; only the messages are "
         "those of a deployment.",
         "Intervals cover the choice of users; they cover the randomness of training only as far "

@@ -10,6 +10,7 @@ from typing import Any
 from fedoppu.common.config import RunConfig, as_flat, to_yaml
 from fedoppu.simulations.evaluation import Arm
 from fedoppu.simulations.panels import Unit
+from fedoppu.simulations.printing import privacy_text
 from fedoppu.simulations.report_data import Recall, ReportData, RoundPoint
 from fedoppu.simulations.shared import SharedPhase
 from fedoppu.simulations.table import Table
@@ -35,6 +36,46 @@ class FederationResult:
     timing: tuple[Record, ...]
     arms: tuple[Arm, ...] = field(repr=False)
     lengths: Mapping[str, int] = field(repr=False)
+
+    @property
+    def metrics(self) -> tuple[Record, ...]:
+        """What metrics.jsonl holds: the rounds, and what they spent of a privacy budget."""
+        spent = self.privacy
+        return self.rounds if spent is None else (*self.rounds, spent)
+
+    @property
+    def privacy(self) -> Record | None:
+        """What the whole shared phase spent, and whether its budget ended it; None without a mechanism."""
+        config = self.phase.config
+        if config.privacy.mechanism == "none" or not self.rounds:
+            return None
+        return {
+            "kind": "privacy",
+            "mechanism": config.privacy.mechanism,
+            "noise_multiplier": config.privacy.noise_multiplier,
+            "rounds_done": len(self.rounds),
+            "rounds_planned": config.rounds,
+            **self.rounds[-1]["privacy"],
+        }
+
+
+def privacy_records(results: Sequence[FederationResult]) -> list[Record]:
+    """What each private federation spent, with its names."""
+    return [
+        record
+        for result in results
+        for record in named(result, [result.privacy] if result.privacy else [])
+    ]
+
+
+def privacy_lines(results: Sequence[FederationResult]) -> list[str]:
+    """The same for people, one line a federation."""
+    return [
+        f"{result.phase.name}: {privacy_text(spent)} after {spent['rounds_done']} of "
+        f"{spent['rounds_planned']} rounds"
+        for result in results
+        if (spent := result.privacy) is not None
+    ]
 
 
 def named(result: FederationResult, records: Sequence[Record]) -> list[Record]:
@@ -63,6 +104,7 @@ def report_data(run: RunConfig, table: Table, results: Sequence[FederationResult
         warnings=_warnings(run, results),
         confidence=run.confidence,
         plain_updates=run.research.plain_updates,
+        privacy=privacy_lines(results),
         generated=run.data is None,
     )
 
@@ -98,7 +140,7 @@ def _points(result: FederationResult) -> Iterator[RoundPoint]:
             held_out_loss=record["held_out_loss"],
             bytes_up=record["bytes_up"],
             bytes_down=record["bytes_down"],
-            asked=len(record["cohort"]),
+            asked=None if record["cohort"] is None else len(record["cohort"]),
             dropped=record["dropped"],
         )
 
@@ -153,6 +195,13 @@ def _warnings(run: RunConfig, results: Sequence[FederationResult]) -> list[str]:
     told = [
         note for task, own in users.items() if (note := control_note(run, task, len(own.target)))
     ]
+    for result in results:
+        spent = result.privacy
+        if spent and spent["rounds_done"] < spent["rounds_planned"]:
+            told.append(
+                f"{result.phase.name}: the privacy budget ended the shared phase after "
+                f"{spent['rounds_done']} of {spent['rounds_planned']} rounds."
+            )
     if run.research.plain_updates:
         told.insert(0, "research.plain_updates was on: the server saw each update in clear.")
     return told

@@ -35,11 +35,24 @@ from fedoppu.simulations.helper import pinned_helper
 from fedoppu.simulations.panels import ArmScores
 from fedoppu.simulations.printing import print_table
 from fedoppu.simulations.report import write_report
-from fedoppu.simulations.results import FederationResult, Record, control_note, named, report_data
+from fedoppu.simulations.results import (
+    FederationResult,
+    Record,
+    control_note,
+    named,
+    privacy_lines,
+    privacy_records,
+    report_data,
+)
 from fedoppu.simulations.shared import SharedPhase, train_shared
 from fedoppu.simulations.statistics import BootstrapSettings
 from fedoppu.simulations.table import Table, build_table, write_table
 from fedoppu.simulations.users import history_lengths, prepare_users
+
+SEED_NOTE = (
+    "the noise of a simulation comes from its seed: whoever knows the seed can take it off again; "
+    "with people's data, keep the seed and the run folder to yourself"
+)
 
 
 def simulate(run: RunConfig, console: Console) -> dict[str, Any]:
@@ -60,9 +73,15 @@ def simulate(run: RunConfig, console: Console) -> dict[str, Any]:
             for phase in _phases(run, base, folder, console)
         ]
     table = _finish(folder, run, results)
+    for line in privacy_lines(results):
+        console.tables.print(line, markup=False, soft_wrap=True)
     print_table(table, console.tables)
     console.say(f"run folder: {folder}")
-    return {"folder": str(folder), "rows": [asdict(row) for row in table.rows]}
+    return {
+        "folder": str(folder),
+        "rows": [asdict(row) for row in table.rows],
+        **({"privacy": privacy} if (privacy := privacy_records(results)) else {}),
+    }
 
 
 def _checked(run: RunConfig) -> BaseFacts:
@@ -79,6 +98,7 @@ def _checked(run: RunConfig) -> BaseFacts:
         )
         probe = pinned_helper(probe, Randomness.from_seed(run.seed))
         SharedPhase.check(probe, base, personal_settings(run, base, task))
+        SharedPhase.check_noise(probe, base, run.base_users)
     return base
 
 
@@ -105,6 +125,8 @@ def _warn(run: RunConfig, console: Console) -> None:
         console.say(
             f"floor of {run.thresholds.floor} members: for simulations; a device's own policy asks for 20 by default"
         )
+    if run.privacy.mechanism != "none":
+        console.say(SEED_NOTE)
 
 
 def _phases(
@@ -135,6 +157,7 @@ def _phases(
                     config = pinned_helper(config, Randomness.from_seed(seed))
                     # on data there may be fewer base users than were asked for
                     SharedPhase.check(config, base, personal_settings(run, base, task))
+                    SharedPhase.check_noise(config, base, len(users.base))
                     yield SharedPhase(run, base, config, seed, users, home / f"k{k}-{profile}")
 
 
@@ -158,7 +181,7 @@ def _run_federation(phase: SharedPhase, workforce: Workforce, console: Console) 
         phase, rounds, (*timing, spent), arms, history_lengths(phase.users, phase.config.task)
     )
     commit_file(phase.folder / "config.yaml", to_yaml(asdict(phase.config)).encode())
-    _write_jsonl(phase.folder / "metrics.jsonl", named(result, result.rounds))
+    _write_jsonl(phase.folder / "metrics.jsonl", named(result, result.metrics))
     _write_jsonl(phase.folder / "timing.jsonl", named(result, result.timing))
     write_table(phase.folder / "table.json", _table(phase.run, [result]))
     return result
@@ -180,7 +203,7 @@ def _evaluation(phase: SharedPhase) -> Evaluation:
 def _finish(folder: Path, run: RunConfig, results: Sequence[FederationResult]) -> Table:
     """Writes the files of the whole run."""
     table = _table(run, results)
-    rounds = [record for result in results for record in named(result, result.rounds)]
+    rounds = [record for result in results for record in named(result, result.metrics)]
     _write_jsonl(folder / "metrics.jsonl", rounds)
     _write_jsonl(
         folder / "timing.jsonl", [r for result in results for r in named(result, result.timing)]

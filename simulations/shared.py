@@ -6,15 +6,18 @@ from typing import Any
 
 from fedoppu.client.app import build_client_app
 from fedoppu.common.adapters import Adapter, AdapterSpec
+from fedoppu.common.agreed import agreed
 from fedoppu.common.base import BaseFacts
 from fedoppu.common.config import FederationConfig, PersonalSettings, RunConfig
 from fedoppu.common.defaults import personal_settings
 from fedoppu.common.errors import ClientFailed
 from fedoppu.common.quantization import require_no_overflow
 from fedoppu.common.randomness import Randomness
+from fedoppu.common.rounds import RoundPlan
 from fedoppu.common.thresholds import plan_thresholds
 from fedoppu.server.app import run_rounds
 from fedoppu.server.metrics import RoundRecord, RoundTiming
+from fedoppu.server.privacy import privacy_of
 from fedoppu.server.runtime import ServerRuntime
 from fedoppu.simulations.app import MemberSpec, run_in_flower
 from fedoppu.simulations.console import Console
@@ -94,11 +97,46 @@ class SharedPhase:
             targets = settings.targets or ()
             AdapterSpec.from_base(base, targets, rank=settings.rank, alpha=settings.alpha)
 
+    @staticmethod
+    def check_noise(config: FederationConfig, base: BaseFacts, members: int) -> None:
+        """Checks that the noise of a private round fits its words, and is large enough to be accounted for.
+
+        Args:
+            config: Of the federation.
+            base: Facts of the base.
+            members: Base users.
+
+        Raises:
+            UsageError: It is too large or too small; the message says what to set.
+        """
+        if config.privacy.mechanism == "none" or not config.rounds:
+            return
+        adapter = config.shared.adapter
+        spec = AdapterSpec.from_base(
+            base, adapter.targets or (), rank=adapter.rank, alpha=adapter.alpha
+        )
+        limits = plan_thresholds(config.cohort, config.thresholds)
+        plan = RoundPlan(
+            run_id="",
+            round=config.rounds,
+            attempt=0,
+            config_hash="",
+            roster_hash="",
+            model_hash="",
+            threshold=limits.threshold,
+            neighbours=limits.neighbours,
+            min_cohort=limits.min_cohort,
+            max_drops=limits.max_drops,
+            **agreed(config, spec, config.rounds),
+        )
+        root = Randomness.from_seed(0)  # nothing is drawn
+        privacy_of(config, root, members).complete(plan, config.cohort)
+
 
 def train_shared(
     phase: SharedPhase, executor: GroupExecutor, console: Console
 ) -> tuple[Adapter, tuple[Record, ...], tuple[Record, ...]]:
-    """Runs the rounds of a federation.
+    """Runs the rounds of a federation, or as many as its privacy budget allows.
 
     Returns:
         The shared adapter, the deterministic record of each round, and its wall times.
@@ -120,6 +158,7 @@ def train_shared(
         runtime = simulated_server(
             federation, phase.folder / "rounds", progress=progress, warn=console.warn
         )
+        runtime = replace(runtime, stopped=lambda why: console.warn(f"{phase.name}: {why}"))
         if phase.run.engine == "flower":
             members = MemberSpec(
                 replace(phase.spec, group_users=1),
