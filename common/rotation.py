@@ -1,11 +1,11 @@
 """A public random rotation of an update, so that no coordinate stands out when it is rounded.
 
 One rounding range holds for the whole vector, so the rotation must spread energy over all of it, whether large
-coordinates are scattered, periodic, or lie together as layers do. It is a composition of
-orthogonal maps, so the vector never grows (rule 12 of the protocol's specification).
+coordinates are scattered, periodic, or lie together as layers do. It is a composition of orthogonal maps, so the vector
+never grows (rule 12 of the protocol's specification).
 
-W is the largest power of two that fits, up to 2^16; R is the least power of two with R W >= 8 num_params, or the largest
-that fits; C = num_params // R.
+W is the largest power of two that fits, up to 2^16; R is the least power of two with R W >= 8 num_params, or the
+largest that fits; C = num_params // R.
 
 1. Across: the vector as R rows of C; random signs, then a Hadamard transform of each column. Where R C < num_params,
    the same for the last columns (as many as coordinates are left over, at most all) of R rows laid at the vector's end.

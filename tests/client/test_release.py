@@ -7,14 +7,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fedoppu.client.jobs import LocalUpdate
-from fedoppu.client.release import clamp, clip, release, scale
+from fedoppu.client.release import clamp, clip, release, scale, shorten
 from fedoppu.common.errors import ClientFailed, ProtocolError, RefusedByPolicy
-from fedoppu.common.quantization import VectorLayout, decode_sum
+from fedoppu.common.integer_noise import discrete_gaussian
+from fedoppu.common.privacy import sensitivity
+from fedoppu.common.quantization import VectorLayout, decode_levels, decode_sum, mean_of_levels
 from fedoppu.common.randomness import Randomness
-from fedoppu.common.rounds import Words
+from fedoppu.common.rotation import rotate
+from fedoppu.common.rounds import RoundPlan, Words
 from tests.integration.secagg_harness import identities, make_plan, roster_of
 
 PLAN = make_plan(4, roster_of(identities(4)), num_params=50)
+ROTATED = replace(PLAN, rotation="5a" * 32)
+PRIVATE = replace(ROTATED, metrics=False, max_weight=1)
+NOISED = replace(PRIVATE, noise_scale=30.0)
 ROOT = Randomness.from_seed(3)
 VECTORS = arrays.arrays(
     np.float32, 50, elements=st.floats(-(2.0**60), 2.0**60, width=32, allow_nan=False)
@@ -31,7 +37,7 @@ def test_every_word_is_within_the_bound_whatever_the_update(
     vector: np.ndarray,
     weight: int,
 ) -> None:
-    for plan in (PLAN, replace(PLAN, word_bits=16, level_bits=8)):
+    for plan in (PLAN, ROTATED, replace(PLAN, word_bits=16, level_bits=8)):
         local = LocalUpdate(plan.context, vector, weight)
         words = release(local, plan, ROOT)
         layout = VectorLayout.of(plan)
@@ -109,6 +115,24 @@ def test_clamped_coordinates_are_counted() -> None:
     assert decode_sum(words, plan, (0,)).clipped == 7
 
 
+def test_rotated_update_comes_back() -> None:
+    vector = np.linspace(-0.1, 0.1, 50, dtype=np.float32)
+    decoded = decode_sum(
+        release(LocalUpdate(ROTATED.context, vector, 64), ROTATED, ROOT), ROTATED, (0,)
+    )
+    level = ROTATED.value_range / VectorLayout.of(ROTATED).middle
+    assert np.linalg.norm(decoded.mean_update - vector) <= level * np.sqrt(50)
+
+
+def test_what_is_clamped_is_the_rotated_vector() -> None:
+    """A coordinate beyond the range is spread by the rotation; without it, it would be cut."""
+    vector = np.zeros(50, np.float32)
+    vector[7] = 0.9
+    for plan, cut in ((PLAN, 1), (ROTATED, 0)):
+        words = release(LocalUpdate(plan.context, vector, 64), plan, ROOT)
+        assert decode_sum(words, plan, (0,)).clipped == cut
+
+
 def words_of(root: Randomness, attempt: int = 0) -> Words:
     plan = replace(PLAN, attempt=attempt)
     vector = np.linspace(-0.1, 0.1, 50, dtype=np.float32)
@@ -141,7 +165,103 @@ def test_update_or_loss_that_is_not_finite_is_refused(bad: float) -> None:
             release(local, PLAN, ROOT)
 
 
-def test_plan_that_asks_for_noise_is_refused() -> None:
-    plan = replace(PLAN, noise_scale=1.0)
-    with pytest.raises(RefusedByPolicy, match="noise of scale 1, which this client cannot add"):
+# --- differential privacy ------------------------------------------------------------------------
+
+
+def private(vector: np.ndarray, plan: RoundPlan, weight: int = 5, root: Randomness = ROOT) -> Words:
+    return release(LocalUpdate(plan.context, vector.astype(np.float32), weight, 2.0), plan, root)
+
+
+def centred_norm(words: Words, plan: RoundPlan) -> float:
+    return float(np.linalg.norm(words.astype(np.int64) - VectorLayout.of(plan).middle))
+
+
+@given(vector=VECTORS, scale=st.sampled_from([1.0, 2.0**-40, 2.0**-60]), weight=st.integers(0, 9))
+@settings(max_examples=100, deadline=None)
+def test_integers_of_a_private_update_hold_the_sensitivity(
+    vector: np.ndarray, scale: float, weight: int
+) -> None:
+    for plan in (PRIVATE, replace(PRIVATE, value_range=0.01, rotation="")):
+        words = private(vector * np.float32(scale), plan, weight)
+        assert words.shape == (50,)
+        assert centred_norm(words, plan) <= sensitivity(plan)
+
+
+@pytest.mark.parametrize("level_bits", [8, 16, 30])
+@pytest.mark.parametrize("shape", ["flat", "peak", "ends"])
+def test_integers_beyond_the_bound_are_moved_toward_zero(level_bits: int, shape: str) -> None:
+    middle = (1 << (level_bits - 1)) - 1
+    levels = np.full(999, middle, np.uint32)
+    if shape == "flat":
+        levels += 1
+    elif shape == "peak":
+        levels[3] += middle
+    else:
+        levels[::2], levels[1::2] = 0, 2 * middle
+    before = levels.astype(np.int64) - middle
+    norm = float(np.linalg.norm(before.astype(np.float64)))
+    for bound in (norm * (1 - 1e-15), norm * 0.999, norm / 3, 0.5):
+        moved = levels.copy()
+        shorten(moved, middle, bound)
+        after = moved.astype(np.int64) - middle
+        assert sum(int(x) ** 2 for x in after) <= bound**2
+        assert (np.abs(after) <= np.abs(before)).all()
+        assert (after * before >= 0).all()
+
+
+def test_integers_within_the_bound_stay() -> None:
+    levels = np.array([5, 7, 9], np.uint16)
+    shorten(levels, 7, 3.0)
+    assert levels.tolist() == [5, 7, 9]
+
+
+def test_noise_is_added_to_the_levels_alone_and_comes_last() -> None:
+    vector = np.linspace(-0.1, 0.1, 50)
+    exact = release(LocalUpdate(NOISED.context, vector.astype(np.float32), 5), NOISED, ROOT)
+    noise = discrete_gaussian(ROOT.secret("noise", NOISED.context), 30.0, 50)
+    rotated = rotate(vector.astype(np.float32), NOISED.rotation)
+    levels = decode_levels(exact, NOISED, (0,)) - noise
+    assert noise.any()
+    expected = rotated / NOISED.value_range * VectorLayout.of(NOISED).middle
+    assert np.abs(levels - expected).max() < 1.01
+
+
+@pytest.mark.parametrize("word_bits", [16, 32])
+def test_noise_below_zero_wraps_and_is_decoded(word_bits: int) -> None:
+    plan = replace(NOISED, word_bits=word_bits, level_bits=8, noise_scale=500.0)
+    words = private(np.full(50, 0.05), plan)
+    assert words.dtype == VectorLayout.of(plan).dtype
+    assert words.max() > 2 * VectorLayout.of(plan).middle + 5000
+    noise = discrete_gaussian(ROOT.secret("noise", plan.context), 500.0, 50)
+    mean = mean_of_levels(decode_levels(words, plan, (0,)) - noise, plan, divisor=1.0)
+    assert np.abs(mean - 0.05).max() < 5 * plan.value_range / 127
+
+
+def test_neither_rounding_nor_noise_can_be_guessed_without_the_root() -> None:
+    vector = np.linspace(-0.1, 0.1, 50)
+    for plan in (PRIVATE, NOISED):
+        ours, theirs = private(vector, plan), private(vector, plan, root=Randomness.from_seed(4))
+        assert (ours == private(vector, plan)).all()
+        assert (ours != theirs).any()
+    assert (private(vector, NOISED) - private(vector, replace(NOISED, attempt=1))).any()
+
+
+def test_every_private_client_weighs_one_and_none_without_examples() -> None:
+    vector = np.full(50, 0.1)
+    assert (private(vector, PRIVATE, 1) == private(vector, PRIVATE, 1000)).all()
+    assert (private(vector, PRIVATE, 0) == VectorLayout.of(PRIVATE).middle).all()
+
+
+def test_noise_beside_metrics_is_refused() -> None:
+    for noise_scale in (1.0, -1.0, float("nan")):
+        plan = replace(PLAN, noise_scale=noise_scale, max_weight=1)
+        with pytest.raises(RefusedByPolicy, match=r"noise of scale .* beside metrics without any"):
+            release(replace(update(), context=plan.context), plan, ROOT)
+
+
+@pytest.mark.parametrize("plan", [replace(PRIVATE, max_weight=64), replace(NOISED, max_weight=64)])
+def test_weights_in_a_private_plan_are_refused(plan: RoundPlan) -> None:
+    with pytest.raises(
+        RefusedByPolicy, match="every client weighs the same, but its max_weight is 64"
+    ):
         release(replace(update(), context=plan.context), plan, ROOT)
