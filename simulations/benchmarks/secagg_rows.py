@@ -236,16 +236,17 @@ def _server_memory(case: Case) -> Row:
 def two_server_rows(scope: Scope) -> Iterator[Row]:
     """A client of the two-server mode: one message, whatever the size of the cohort."""
     for length in scope.lengths:
-        case = semi_honest(min(100, max(scope.sizes)), length)
-        client = TwoServerClient(case)
-        flower = FlowerClient(case, client.update.vector)
-        found = interleave(
-            lambda c=client: {"all": cpu_seconds(c.run)},
-            lambda f=flower: {"all": _flower_client(f)["all"]},
-            scope.pairs,
-        )
-        note = "another trust assumption: one of two servers is honest"
-        yield paired_row(f"two-server client {case.name}", found["all"], note=note)
+        yield _two_server(semi_honest(min(100, max(scope.sizes)), length), scope.pairs)
+
+
+def _two_server(case: Case, pairs: int) -> Row:
+    ours = TwoServerClient(case)
+    theirs = FlowerClient(case, ours.update.vector)
+    found = interleave(
+        lambda: {"all": cpu_seconds(ours.run)}, lambda: _flower_client(theirs), pairs
+    )
+    note = "another trust assumption: one of two servers is honest"
+    return paired_row(f"two-server client {case.name}", found["all"], note=note)
 
 
 # --- bytes ---------------------------------------------------------------------------------------
