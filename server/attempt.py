@@ -214,7 +214,10 @@ class Attempt:
         before = set(machine.liars)
         try:
             with self.tally.timed(SealedStage.HELPER.value):
-                return machine.unmask(helper.ask(machine.request()))
+                answer = helper.ask(machine.request())
+                if answer.unsealed and machine.pending():
+                    self._ask(machine, SEALED)
+                return machine.unmask(answer)
         finally:
             lies = machine.liars
             self.tally.accuse({member: lies[member] for member in lies if member not in before})

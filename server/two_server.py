@@ -10,8 +10,9 @@ is its own drop, and is named. What server and helper learn is told in `common/t
 
 A member whose seed does not open is seen only by the helper, when its words are in the sum already.
 So all masked words are kept until the helper has answered, and the bad ones are taken off again.
-They are not part of a dump, which holds the sum alone: a server that was restarted in between and
-then hears of a bad seed has to give the round up, and with it the run: the helper has answered.
+They are not part of a dump, which holds the sum alone. A server that was restarted in between and
+then hears of a bad seed asks the same members again (`pending`), and they repeat what they sent;
+without the words of the bad ones, or of all others, the sum cannot be made.
 """
 
 from collections.abc import Iterable, Mapping
@@ -131,31 +132,33 @@ class SealedServer:
         return len(self._state.claims) >= self.plan.min_cohort
 
     def pending(self) -> list[Outgoing]:
-        """The event for those who have not answered: to send, and to send again."""
-        state = self._state
-        if self.stage is not SealedStage.SEALED:
-            return []
-        waiting = set(state.invited) - state.claims.keys() - set(state.spoiled)
-        return [Outgoing(member, RoundOpened(state.plan)) for member in sorted(waiting)]
+        """The event for those whose words are missing: to send, and to send again.
+
+        Once the set is fixed, those are members of it whose words a restart has lost.
+        """
+        opened = RoundOpened(self.plan)
+        return [Outgoing(member, opened) for member in sorted(self._missing())]
 
     def receive(self, event: SealedUpdate) -> None:
-        """Takes an answer, or records what is wrong with it.
+        """Takes an answer, or records what is wrong with it; later, only what was sent before.
 
         Raises:
             ProtocolError: It is too late; nothing has changed.
         """
-        if self.stage is not SealedStage.SEALED:
-            raise ProtocolError(
-                f"SealedUpdate of member {event.member} came in stage {self.stage.value}: too late"
-            )
         member, state = event.member, self._state
-        if member not in state.invited:
+        if member in self._missing():
+            if self.stage is SealedStage.SEALED:
+                self._take(event)
+            else:
+                self._regain(event)
+        elif self.stage is not SealedStage.SEALED:
+            raise ProtocolError(
+                f"SealedUpdate of member {member} came in stage {self.stage.value}: too late"
+            )
+        elif member not in state.invited:
             self._name(member, "answered train.sealed without being asked")
-        elif member in state.claims:
-            if state.claims[member].signature != event.signature:
-                self._name(member, "answered train.sealed twice")
-        elif member not in state.spoiled:
-            self._take(event)
+        elif member in state.claims and state.claims[member].signature != event.signature:
+            self._name(member, "answered train.sealed twice")
 
     def close(self) -> None:
         """Ends `train.sealed`: the set is fixed, and nobody else is waited for.
@@ -195,11 +198,11 @@ class SealedServer:
         """
         self._require_asking()
         self._require_answer(answer)
+        total = self._without(answer.unsealed) if answer.survivors else self._sum
         for member in answer.unsealed:
             self._name(member, "sealed no seed that the helper can open")
         if not answer.survivors:
             self._abort(f"{len(answer.unsealed)} seeds do not open, too few are left")
-        total = self._without(answer.unsealed)
         np.subtract(total, answer.words, out=total)
         self._end(SealedStage.DONE)
         return SumReady(total, answer.survivors, self.liars)
@@ -227,6 +230,15 @@ class SealedServer:
 
     # --- answers ---------------------------------------------------------------------------------
 
+    def _missing(self) -> frozenset[int]:
+        """Members whose words are not here and may still come."""
+        state = self._state
+        if self.stage is SealedStage.SEALED:
+            return frozenset(state.invited) - state.claims.keys() - set(state.spoiled)
+        if self.stage is SealedStage.HELPER:
+            return frozenset(state.claims.keys() - self._words.keys())
+        return frozenset()
+
     def _dumped(self) -> _State:
         """Before the set is fixed, whoever answered is asked again: its words are in no dump."""
         if self.stage is SealedStage.SEALED:
@@ -243,6 +255,13 @@ class SealedServer:
             self._name(event.member, fault)
             spoiled = (*self._state.spoiled, event.member)
             self._state = replace(self._state, spoiled=spoiled)
+
+    def _regain(self, event: SealedUpdate) -> None:
+        """Takes words again that a restart has lost, if they are the same."""
+        if event.claim() == self._state.claims[event.member]:
+            self._words[event.member] = event.words
+        else:
+            self._name(event.member, "sent other masked words than before")
 
     def _fault(self, event: SealedUpdate, claim: SealedClaim) -> str | None:
         """What is wrong with an answer; words and seed cannot be judged here."""
@@ -302,14 +321,21 @@ class SealedServer:
 
     def _without(self, members: Iterable[int]) -> Words:
         """The masked sum without some members' words."""
-        total = self._sum.copy()
-        for member in members:
-            if member not in self._words:
-                raise ProtocolError(
-                    f"the seed of member {member} does not open, and a restart has lost the words "
-                    "that must be taken off the sum; the helper answers for no other set"
-                )
-            np.subtract(total, self._words[member], out=total)
+        bad = set(members)
+        kept = set(self._state.claims) - bad
+        if bad <= self._words.keys():
+            total = self._sum.copy()
+            for member in bad:
+                np.subtract(total, self._words[member], out=total)
+            return total
+        if not kept <= self._words.keys():
+            raise ProtocolError(
+                f"the seeds of {len(bad)} members do not open, and a restart has lost the words "
+                "that must be taken off the sum; the helper answers for no other set"
+            )
+        total = _zeros(self.plan)
+        for member in kept:
+            np.add(total, self._words[member], out=total)
         return total
 
     # --- the end ---------------------------------------------------------------------------------
