@@ -100,7 +100,7 @@ def test_result_file_must_be_writable_before_anything_is_measured(tmp_path: Path
     check_target(tmp_path / "new.json")
     with pytest.raises(UsageError, match="it is a folder"):
         check_target(tmp_path)
-    with pytest.raises(UsageError, match="there is no folder .*missing"):
+    with pytest.raises(UsageError, match=r"there is no folder .*missing"):
         check_target(tmp_path / "missing" / "new.json")
 
 
@@ -276,7 +276,7 @@ def test_quick_command_prints_a_table_and_writes_a_file(tmp_path: Path) -> None:
         "--pairs",
         "1",
     ]
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603
         [*command, "--json", str(target)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
@@ -317,5 +317,7 @@ def test_wrong_input_gets_one_line_before_anything_runs(arguments: list[str], li
 
 def test_measuring_loads_no_numeric_library_before_its_threads_are_set() -> None:
     code = "import sys; import fedoppu.simulations.benchmarks.secagg; print('numpy' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"
