@@ -52,8 +52,8 @@ class State:
 
     def without_secrets(self) -> "State":
         """The state with all of it gone, and not yet overwritten."""
-        empty = {name: bytearray() for name in ("channel", "mask", "seed")}
-        return replace(self, **empty, held={}, pairs={})
+        none = bytearray()
+        return replace(self, channel=none, mask=none, seed=none, held={}, pairs={})
 
 
 def overwrite_dropped(before: State, after: State) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from fedoppu.client.policy import ClientPolicy
 from fedoppu.client.secagg import Pins, SecAggClient
 from fedoppu.common.config import ThresholdSettings
+from fedoppu.common.errors import ProtocolError
 from fedoppu.common.quantization import VectorLayout
 from fedoppu.common.roster import Roster
 from fedoppu.common.rounds import (
@@ -82,6 +83,8 @@ class Federation:
     Attributes:
         drops: Stage: members that do not answer it, nor any later one.
         tamper: Member: what is done to its answers before the server sees them.
+        spoof: Member: what a malicious server does to what it sends it.
+        refusals: Member: why it broke off. A member that is in it from the start may do so.
     """
 
     n: int
@@ -92,7 +95,9 @@ class Federation:
     num_params: int = 3
     drops: Mapping[Exchange, frozenset[int]] = field(default_factory=dict)
     tamper: Mapping[int, Tamper] = field(default_factory=dict)
+    spoof: Mapping[int, Callable[[ServerEvent], ServerEvent]] = field(default_factory=dict)
     reload: bool = False
+    refusals: dict[int, str] = field(default_factory=dict)
     sent: list[ClientEvent] = field(default_factory=list)
     delivered: list[Outgoing] = field(default_factory=list)
 
@@ -140,6 +145,23 @@ class Federation:
             answers = client.receive(UpdateReady(self.words(outgoing.member)))
         return answers
 
+    def spoofed(self, outgoing: Outgoing) -> Outgoing:
+        """A message as the member gets it."""
+        if outgoing.member not in self.spoof:
+            return outgoing
+        return replace(outgoing, event=self.spoof[outgoing.member](outgoing.event))
+
+    def answer_or_refuse(self, outgoing: Outgoing) -> list[ClientEvent]:
+        """The answer, or none of a member that may break off and does."""
+        if outgoing.member not in self.refusals:
+            return self.answer(outgoing)
+        try:
+            return self.answer(outgoing)
+        except ProtocolError as error:
+            self.refusals[outgoing.member] = str(error)
+            self.gone.add(outgoing.member)
+            return []
+
     def reloaded(self, client: SecAggClient) -> SecAggClient:
         """The client after a restart: dumped, and loaded into a new object."""
         again = SecAggClient.load(
@@ -156,11 +178,11 @@ class Federation:
         """One exchange: everyone who is there answers, then the stage ends."""
         assert isinstance(self.server.stage, Exchange)
         self.gone |= self.drops.get(self.server.stage, frozenset())
-        for message in outgoing:
+        for message in map(self.spoofed, outgoing):
             self.delivered.append(message)
             if message.member in self.gone:
                 continue
-            for event in self.answer(message):
+            for event in self.answer_or_refuse(message):
                 changed = self.tamper.get(message.member, _same)(event)
                 self.sent.append(changed)
                 self.server.receive(changed)

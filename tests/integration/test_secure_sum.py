@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from fedoppu.client.secagg import Phase
 from fedoppu.common.config import ThresholdSettings
 from fedoppu.common.errors import RoundAborted
-from fedoppu.common.rounds import Exchange, MaskedUpdate, UnmaskReply, UnmaskRequested
+from fedoppu.common.rounds import (
+    Exchange,
+    MaskedUpdate,
+    Outgoing,
+    StageEnded,
+    UnmaskReply,
+    UnmaskRequested,
+    UpdateReady,
+)
 from fedoppu.server.secagg import End
 from tests.integration.secagg_harness import Federation, unevenness
 
@@ -68,13 +76,32 @@ def test_sum_is_exact_whoever_drops_within_the_plan(
     assert_exact(Federation(n, narrow=narrow, reload=reload, drops=by_stage(drops)))
 
 
-@given(pattern=drop_patterns(beyond=True))
-@settings(max_examples=30, deadline=None)
-def test_beyond_the_plan_the_round_ends_before_anything_is_asked(
-    pattern: tuple[int, dict[int, Exchange]],
+@given(pattern=drop_patterns(beyond=False), narrow=st.booleans(), reload=st.booleans())
+@settings(max_examples=12, deadline=None)
+def test_hybrid_sum_is_exact_whoever_drops_within_the_plan(
+    pattern: tuple[int, dict[int, Exchange]], narrow: bool, reload: bool
 ) -> None:
     n, drops = pattern
-    federation = Federation(n, drops=by_stage(drops))
+    assert_exact(Federation(n, hybrid=True, narrow=narrow, reload=reload, drops=by_stage(drops)))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("member", [0, 3, 6])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_hybrid_sum_is_exact_if_the_lowest_a_middle_or_the_highest_member_drops(
+    stage: Exchange, member: int, narrow: bool
+) -> None:
+    drops = {stage: frozenset({member})}
+    assert_exact(Federation(7, hybrid=True, narrow=narrow, reload=narrow, drops=drops))
+
+
+@given(pattern=drop_patterns(beyond=True, largest=12), hybrid=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_beyond_the_plan_the_round_ends_before_anything_is_asked(
+    pattern: tuple[int, dict[int, Exchange]], hybrid: bool
+) -> None:
+    n, drops = pattern
+    federation = Federation(n, hybrid=hybrid, drops=by_stage(drops))
     with pytest.raises(RoundAborted, match="round 1 attempt 0 ended in"):
         federation.run()
     assert federation.server.stage is End.ABORTED
@@ -125,18 +152,20 @@ def test_sum_is_exact_in_any_cohort_up_to_a_hundred(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hybrid", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("n", [64, 65, 100])
-def test_sum_is_exact_with_corrupt_members_assumed(n: int, narrow: bool) -> None:
+def test_sum_is_exact_with_corrupt_members_assumed(n: int, narrow: bool, hybrid: bool) -> None:
     settings_ = ThresholdSettings(floor=2, corrupt=n // 10, max_drop=0.2)
-    federation = Federation(n, settings=settings_, narrow=narrow)
+    federation = Federation(n, settings=settings_, narrow=narrow, hybrid=hybrid)
     federation.drops = spread(n, federation.plan.max_drops)
     assert_exact(federation)
 
 
+@pytest.mark.parametrize("hybrid", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
-def test_masked_vectors_look_uniform_and_plain_ones_do_not(narrow: bool) -> None:
-    federation = Federation(4, narrow=narrow, num_params=20_000)
+def test_masked_vectors_look_uniform_and_plain_ones_do_not(narrow: bool, hybrid: bool) -> None:
+    federation = Federation(4, narrow=narrow, hybrid=hybrid, num_params=20_000)
     federation.run()
     masked = [event for event in federation.sent if isinstance(event, MaskedUpdate)]
     assert len(masked) == 4
@@ -153,18 +182,29 @@ def test_sum_of_all_but_one_masked_vector_still_looks_uniform() -> None:
     assert unevenness(total) < 5
 
 
-def test_no_secret_is_left_in_a_client_after_the_round() -> None:
-    federation = Federation(5, drops={Exchange.MASKED: frozenset({4})})
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_no_secret_is_left_in_a_client_after_the_round(hybrid: bool) -> None:
+    federation = Federation(5, hybrid=hybrid, drops={Exchange.CONSISTENCY: frozenset({4})})
     before: list[bytearray] = []
     outgoing = federation.until(Exchange.SHARES)
     for client in federation.clients.values():
-        before += [client._state.channel, client._state.mask, client._state.seed]
-    assert all(any(buffer) for buffer in before)
+        before += client._state.buffers()
+    outgoing = [out for out in federation.step(outgoing) if isinstance(out, Outgoing)]
+    for message in outgoing:
+        client = federation.clients[message.member]
+        client.receive(message.event)
+        before += [*client._state.held.values(), *client._state.pairs.values()]
+        (masked,) = client.receive(UpdateReady(federation.words(message.member)))
+        federation.server.receive(masked)
+        assert client._state.pairs == {}
+        assert client._state.mask == client._state.channel == b""
+    assert len(before) == 5 * (3 + 4 + 4)
+    outgoing = [out for out in federation.server.receive(StageEnded()) if isinstance(out, Outgoing)]
+    assert all(any(client._state.seed) for client in federation.clients.values())
     federation.finish(outgoing)
     for member, client in federation.clients.items():
         if member != 4:
             assert client.phase is Phase.DONE
-            state = client._state
-            assert [*state.seed, *state.mask, *state.channel, *state.held] == []
+            assert b"".join(client._state.buffers()) == b""
     federation.clients[4].erase()
     assert not any(any(buffer) for buffer in before)
