@@ -14,6 +14,7 @@ import pytest
 from flwr.app import RecordDict
 
 from fedoppu.client import secagg
+from fedoppu.client.dealing import Taken, Taking
 from fedoppu.client.policy import ClientPolicy, LastRound
 from fedoppu.client.seat import Seat
 from fedoppu.client.secagg import Phase, SecAggClient
@@ -30,16 +31,19 @@ from fedoppu.common.rounds import (
     ClientEvent,
     Exchange,
     RoundPlan,
+    SharesDelivered,
     SurvivorSignature,
     SurvivorsProposed,
     UnmaskRequested,
     UpdateReady,
 )
+from fedoppu.common.secret_sharing import Restored, Share, restore
 from fedoppu.common.signing import Scope, survivors_bytes
 from fedoppu.server.checkpoint import AttemptState
 from fedoppu.server.rounds import Rounds
 from fedoppu.server.secagg import SecAggServer
 from fedoppu.server.tally import Tally
+from fedoppu.simulations.key_source import SeededKeySource
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -201,6 +205,29 @@ def _of_the_cohort(cls: type[ClientPolicy], size: int) -> ClientPolicy:
     return cls(corrupt=1)
 
 
+def _interpolated(
+    shares: Iterable[Share], threshold: int, *, check: Callable[[bytes], bool]
+) -> Restored | None:
+    """Whatever the first shares give."""
+    return Restored(restore(list(shares)[:threshold], threshold), ())
+
+
+def _masks_of_what_opened(take: Callable[..., Taken]) -> Callable[..., Taken]:
+    def taken(taking: Taking, event: SharesDelivered) -> Taken:
+        result = take(taking, event)
+        for dealer in result.complaints:
+            del result.pairs[dealer]
+        return result
+
+    return taken
+
+
+def _seeded_anywhere(source: SeededKeySource, purpose: str, length: int) -> bytes:
+    seed = source.randomness.secret("protocol key", source.member, purpose)
+    return hashlib.shake_256(seed).digest(length)
+
+
+UNMASKING = "fedoppu.server.unmasking"
 SEAT = "fedoppu.client.seat.Seat"
 POLICY = "fedoppu.client.policy.ClientPolicy"
 CLIENT = "fedoppu.client.secagg"
@@ -293,5 +320,46 @@ RULES: Mapping[str, Rule] = {
     "who a package is for": Rule(
         "a package is bound to dealer and holder",
         lambda m: m.setattr(Scope, "bind", _bind_no_members),
+    ),
+    "signed offers": Rule(
+        "in the hybrid exchange a recipient uses what its dealer signed, alone",
+        _set("fedoppu.client.dealing.is_signed", value=_always),
+    ),
+    "keys need a grid": Rule(
+        "keys from a seed work in a simulation's Grid alone",
+        _set("fedoppu.simulations.key_source.SeededKeySource.secret", value=_seeded_anywhere),
+    ),
+    # --- liars
+    "seed commitment": Rule(
+        "a revealed self seed fits its commitment",
+        _set(f"{UNMASKING}.own_seed_fits", value=_always),
+    ),
+    "share hashes": Rule(
+        "a revealed share fits the hash that its dealer signed",
+        _set(f"{UNMASKING}.share_fits", value=_always),
+    ),
+    "checked secrets": Rule(
+        "a restored secret fits the advert",
+        _set(f"{UNMASKING}.restore_checked", value=_interpolated),
+    ),
+    "masks of the share set": Rule(
+        "pairwise masks follow the share set",
+        lambda m: m.setattr(Taking, "take", _masks_of_what_opened(Taking.take)),
+    ),
+    "judged complaints": Rule(
+        "who complains of too many is named",
+        _set("fedoppu.server.secagg.judge", value=lambda *_: {}),
+    ),
+    "low order": Rule(
+        "keys of low order are no keys",
+        _set("fedoppu.common.pairwise.is_low_order", value=lambda _: False),
+    ),
+    "signed answers": Rule(
+        "every message is signed, the masked vector too",
+        _set("fedoppu.server.answers.verify", value=_always),
+    ),
+    "reachable totals": Rule(
+        "totals are in [0, n max]",
+        _set("fedoppu.common.quantization._require_range", value=_never_objects),
     ),
 }
