@@ -14,6 +14,7 @@ from flwr.app import Message
 from fedoppu.client import secagg
 from fedoppu.client.dealing import Secrets, deal
 from fedoppu.client.jobs import ClientFailure, LocalUpdate
+from fedoppu.client.policy import ClientPolicy
 from fedoppu.client.release import release
 from fedoppu.common.cohort import Cohort
 from fedoppu.common.config import Aggregation, ResearchSettings
@@ -188,7 +189,8 @@ def test_range_follows_the_updates_from_far_too_wide(tmp_path: Path) -> None:
     made.run()
     ranges = [record.value_range for record in made.records]
     assert ranges[-1] < 0.5
-    assert all(left / right <= 4 for left, right in pairwise(ranges))
+    most = ClientPolicy().range_change
+    assert all(left / right <= most for left, right in pairwise(ranges))
 
 
 def test_range_follows_the_updates_from_far_too_narrow(tmp_path: Path) -> None:
