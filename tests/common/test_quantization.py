@@ -111,6 +111,18 @@ def test_overflow_bound_is_exact(word_bits: int, level_bits: int, most: int) -> 
         require_no_overflow(plan, most + 1)
 
 
+@pytest.mark.parametrize("value", [-0.5, 0.5])
+def test_257_clients_at_the_ends_of_the_range_fit_16_bit_words(value: float) -> None:
+    one = encode(NARROW, value, weight=64, loss=LOSS_MAX)
+    total = np.zeros_like(one)
+    for _ in range(257):
+        total += one
+    decoded = decode_sum(total, NARROW, range(257))
+    assert (decoded.mean_update == np.float32(value)).all()
+    assert decoded.total_weight == 257 * 64
+    assert decoded.held_out_loss == pytest.approx(LOSS_MAX)
+
+
 def test_overflow_is_checked_before_there_is_a_plan() -> None:
     settings = EncodingSettings(word_bits=16, level_bits=8)
     require_no_overflow(settings, 257)
