@@ -5,8 +5,8 @@ from numpy.typing import NDArray
 
 TWISTER_DEGREE = 19937
 _SIZE, _MIDDLE = 624, 397  # words of state of MT19937, and the recurrence's second tap
-_TOP, _REST = 0x80000000, 0x7FFFFFFF
-_TWIST = 0x9908B0DF
+_TOP, _REST = np.uint32(0x80000000), np.uint32(0x7FFFFFFF)
+_TWIST = np.uint32(0x9908B0DF)
 
 Bits = NDArray[np.uint8]
 Words32 = NDArray[np.uint32]
@@ -75,20 +75,27 @@ def twist_rate(outputs: Words32) -> float:
     state = untemper(outputs)
     count = state.size - _SIZE
     mixed = (state[:count] & _TOP) | (state[1:][:count] & _REST)
-    made = state[_MIDDLE:][:count] ^ (mixed >> 1) ^ np.where(mixed & 1, _TWIST, 0)
-    wrong = np.bitwise_count(made.astype(np.uint32) ^ state[_SIZE:])
+    made = state[_MIDDLE:][:count] ^ (mixed >> 1) ^ (mixed & 1) * _TWIST
+    wrong = np.bitwise_count(made ^ state[_SIZE:])
     return float(1 - wrong.mean() / 32)
 
 
 def untemper(outputs: Words32) -> Words32:
     """The words of state behind outputs of MT19937."""
-    words = outputs.astype(np.uint32)
-    words ^= words >> 18
-    words ^= (words << 15) & np.uint32(0xEFC60000)
-    made = words.copy()
+    words = outputs ^ _right(outputs, 18)
+    words = words ^ (_left(words, 15) & np.uint32(0xEFC60000))
+    made = words
     for _ in range(4):  # seven more bits are right after each pass
-        made = words ^ ((made << 7) & np.uint32(0x9D2C5680))
-    words = made.copy()
+        made = words ^ (_left(made, 7) & np.uint32(0x9D2C5680))
+    words = made
     for _ in range(2):  # eleven more
-        made = words ^ (made >> 11)
+        made = words ^ _right(made, 11)
     return made
+
+
+def _left(words: Words32, bits: int) -> Words32:
+    return np.left_shift(words, np.uint32(bits))
+
+
+def _right(words: Words32, bits: int) -> Words32:
+    return np.right_shift(words, np.uint32(bits))

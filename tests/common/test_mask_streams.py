@@ -24,6 +24,7 @@ from tests.common.linear_bits import (
     TWISTER_DEGREE,
     Bits,
     TwisterStream,
+    Words32,
     parity_rate,
     shortest_register,
     taps,
@@ -42,7 +43,7 @@ STREAMS = ("aes", "twister")
 class Masked:
     """A round's masked vectors of zeros, (members, LENGTH), and whether its sum was right."""
 
-    words: Words
+    words: Words32
     exact: bool
 
 
@@ -67,7 +68,8 @@ def run_round() -> Masked:
         patch.setattr(federation, "words", zeros)
         total = federation.run()
     vectors = [event.words for event in federation.sent if isinstance(event, MaskedUpdate)]
-    return Masked(np.stack(vectors)[:, :LENGTH], not total.words.any())
+    stacked = np.stack([vector[:LENGTH].astype(np.uint32) for vector in vectors])
+    return Masked(stacked, not total.words.any())
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def lowest_bits(words: Words) -> Bits:
     return (words & 1).astype(np.uint8)
 
 
-def pair_masks(stream: str, length: int) -> Words:
+def pair_masks(stream: str, length: int) -> Words32:
     """One pairwise mask of the protocol alone."""
     ours = KeyAgreement(hashlib.sha256(b"ours").digest())
     peer = public_key(hashlib.sha256(b"theirs").digest())
