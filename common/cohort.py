@@ -61,12 +61,21 @@ class Cohort:
         return len(self.adverts)
 
 
-def advert_fault(advert: Advert, plan: RoundPlan, roster: Roster) -> str | None:
-    """What is wrong with an advert by itself, or None."""
-    identity, exchange = roster.identity(advert.member), key_exchange(plan)
+def advert_fault(
+    advert: Advert, context: bytes, roster: Roster, *, exchange: KeyExchange
+) -> str | None:
+    """What is wrong with an advert by itself, or None.
+
+    Args:
+        advert: What is judged.
+        context: Of the plan that it should be for.
+        roster: All members.
+        exchange: Of that plan.
+    """
+    identity = roster.identity(advert.member)
     if identity is None:
         return "is not in the roster"
-    if not verify_public(identity, advert.signature, advert_bytes(plan.context, advert)):
+    if not verify_public(identity, advert.signature, advert_bytes(context, advert)):
         return "sent an advert whose signature is not its own for this plan"
     if exchange.is_weak(advert.channel_key) or exchange.is_weak(advert.mask_key):
         return "sent a key of low order or wrong length"
@@ -82,11 +91,12 @@ def form_cohort(
 
     A key that two adverts share makes the later one (by member) invalid.
     """
+    context, exchange = plan.context, key_exchange(plan)
     valid: dict[int, Advert] = {}
     faults: dict[int, str] = {}
     keys: set[bytes] = set()
     for advert in sorted(adverts, key=lambda advert: advert.member):
-        fault = advert_fault(advert, plan, roster)
+        fault = advert_fault(advert, context, roster, exchange=exchange)
         if fault is None and keys & {advert.channel_key, advert.mask_key}:
             fault = "sent a key of another member"
         if fault is not None:

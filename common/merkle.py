@@ -18,20 +18,18 @@ def leaf(data: bytes) -> bytes:
 
 def root(leaves: Sequence[bytes]) -> bytes:
     """The hash of all leaves, given their hashes."""
-    if len(leaves) <= 1:
-        return leaves[0] if leaves else hashlib.sha256().digest()
-    left = _left(len(leaves))
-    return _node(root(leaves[:left]), root(leaves[left:]))
+    return tree(leaves)[0]
 
 
-def path(leaves: Sequence[bytes], place: int) -> tuple[bytes, ...]:
-    """The siblings on the way from one leaf to the root, from below."""
+def tree(leaves: Sequence[bytes]) -> tuple[bytes, list[tuple[bytes, ...]]]:
+    """The root, and for each leaf its path: the siblings on the way to the root, from below."""
     if len(leaves) <= 1:
-        return ()
-    left = _left(len(leaves))
-    if place < left:
-        return (*path(leaves[:left], place), root(leaves[left:]))
-    return (*path(leaves[left:], place - left), root(leaves[:left]))
+        return (leaves[0], [()]) if leaves else (hashlib.sha256().digest(), [])
+    half = _left(len(leaves))
+    left, left_paths = tree(leaves[:half])
+    right, right_paths = tree(leaves[half:])
+    paths = [(*path, right) for path in left_paths] + [(*path, left) for path in right_paths]
+    return _node(left, right), paths
 
 
 def climb(hashed: bytes, place: int, *, count: int, path: Sequence[bytes]) -> bytes | None:

@@ -81,11 +81,16 @@ class Scope:
 
     def bind(self, tag: str, *parts: Key) -> bytes:
         """Canonical bytes of a tagged message in this scope."""
-        return encode_key((f"fedoppu {tag}",)) + self._prefix + encode_key(parts)
+        return _encode_tag(tag) + self._prefix + encode_key(parts)
 
     @cached_property
     def _prefix(self) -> bytes:
         return encode_key((self.context, self.cohort))
+
+
+@lru_cache(maxsize=64)
+def _encode_tag(tag: str) -> bytes:
+    return encode_key((f"fedoppu {tag}",))
 
 
 def commit_seed(context: bytes, member: int, seed: bytes | bytearray) -> bytes:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from fedoppu.common import merkle
 from fedoppu.common.cohort import Cohort, advert_fault
+from fedoppu.common.pairwise import key_exchange
 from fedoppu.common.quantization import VectorLayout
 from fedoppu.common.roster import Roster
 from fedoppu.common.rounds import (
@@ -33,7 +34,7 @@ def fault_in_advert(
     taken = {key for other in others for key in (other.channel_key, other.mask_key)}
     if taken & {advert.channel_key, advert.mask_key}:
         return "sent a key of another member"
-    return advert_fault(advert, plan, roster)
+    return advert_fault(advert, plan.context, roster, exchange=key_exchange(plan))
 
 
 def fault_in_bundle(bundle: ShareBundle, cohort: Cohort, roster: Roster) -> str | None:
@@ -86,14 +87,19 @@ def unsigned(event: ClientEvent, message: bytes, roster: Roster) -> str | None:
     return f"sent a {type(event).__name__} whose signature is not its own for this round"
 
 
-def cut_down(bundle: ShareBundle, recipient: int, *, provable: bool) -> ShareBundle:
-    """A bundle as one recipient needs it; if `provable`, with the path to what its dealer signed."""
+def proofs_of(bundle: ShareBundle) -> dict[int, tuple[bytes, ...]]:
+    """Recipient: the path from its part of a bundle to what the dealer signed."""
+    _, paths = merkle.tree(dealt_leaves(bundle))
+    return dict(zip(sorted(bundle.packages), paths, strict=True))
+
+
+def cut_down(bundle: ShareBundle, recipient: int, *, path: tuple[bytes, ...]) -> ShareBundle:
+    """A bundle as one recipient needs it."""
     offered = bundle.offers.get(recipient)
-    place = sorted(bundle.packages).index(recipient)
     return replace(
         bundle,
         packages={recipient: bundle.packages[recipient]},
         share_hashes={recipient: bundle.share_hashes[recipient]},
         offers={} if offered is None else {recipient: offered},
-        path=merkle.path(dealt_leaves(bundle), place) if provable else (),
+        path=path,
     )

@@ -61,6 +61,7 @@ from fedoppu.server.answers import (
     fault_in_bundle,
     fault_in_masked,
     fault_in_reply,
+    proofs_of,
     unsigned,
 )
 from fedoppu.server.complaints import judge, without_complainers
@@ -147,6 +148,7 @@ class SecAggServer:
         self._state = _State(Exchange.KEYS.value, plan, members)
         self._sum = _zeros(plan)
         self._cohort: Cohort | None = None
+        self._proofs: dict[int, dict[int, tuple[bytes, ...]]] = {}  # made again after a load
 
     @property
     def stage(self) -> Stage:
@@ -427,13 +429,21 @@ class SecAggServer:
                 return UnmaskRequested(state.signatures)
 
     def _delivery(self, member: int) -> SharesDelivered:
-        bundles, exchange = self._state.bundles, self._formed().exchange
+        bundles = self._state.bundles
         cut = {
-            dealer: cut_down(bundles[dealer], member, provable=not exchange.authentic)
+            dealer: cut_down(bundles[dealer], member, path=self._path(dealer, member))
             for dealer in self._formed().graph.neighbours(member)
             if dealer in bundles
         }
         return SharesDelivered(tuple(sorted(bundles)), cut)
+
+    def _path(self, dealer: int, member: int) -> tuple[bytes, ...]:
+        """What shows a member that its part of a bundle is signed, if the exchange needs it."""
+        if self._formed().exchange.authentic:
+            return ()
+        if dealer not in self._proofs:
+            self._proofs[dealer] = proofs_of(self._state.bundles[dealer])
+        return self._proofs[dealer][member]
 
     def _evidence(self) -> Evidence:
         state = self._state

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedoppu.common.merkle import climb, leaf, path, root
+from fedoppu.common.merkle import climb, leaf, root, tree
 
 # Inputs and roots of the reference tests of Certificate Transparency (merkle_tree_test).
 INPUTS = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657"]
@@ -27,7 +27,10 @@ def test_path_proves_its_leaf_in_its_place_and_nothing_else(
 ) -> None:
     leaves = [leaf(bytes([number])) for number in range(count)]
     place = data.draw(st.integers(0, count - 1))
-    whole, proof = root(leaves), path(leaves, place)
+    whole, paths = tree(leaves)
+    proof = paths[place]
+    assert whole == root(leaves)
+    assert len(paths) == count
     assert len(proof) <= (count - 1).bit_length()
     assert climb(leaves[place], place, count=count, path=proof) == whole
     assert climb(leaf(b"other"), place, count=count, path=proof) != whole
