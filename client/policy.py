@@ -12,6 +12,7 @@ sum of ten can still be guessed well (AUC .71), so the default floor is twenty.
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from fedoppu.common.agreed import range_bounds
 from fedoppu.common.config import require
 from fedoppu.common.errors import RefusedByPolicy, UsageError
 from fedoppu.common.graph import Graph, is_complete
@@ -20,8 +21,6 @@ from fedoppu.common.thresholds import allowed_drops, least_threshold, quorum
 
 SMALLEST_COHORT = 4  # outside a simulation
 HONEST_FLOOR = 20
-FINEST = 2.0**-24  # of the clip bound: a finer range than float32 tells an update of that norm
-COARSEST = 2.0**24
 
 
 @dataclass(frozen=True)
@@ -135,9 +134,9 @@ class ClientPolicy:
         """Whether a plan may follow the last one.
 
         The range moves by `range_change` a round, for as many rounds as were missed: whoever was
-        away must not be locked out. So a server that jumps rounds has the whole interval from
-        `FINEST` to `COARSEST` times the clip bound, and no more. It gains nothing for one victim:
-        the range is in the context, and a cohort has one.
+        away must not be locked out. So a server that jumps rounds has the whole interval of
+        `range_bounds`, and no more. It gains nothing against one victim: the range is in the
+        context, and a cohort has one.
 
         Raises:
             RefusedByPolicy: It is for an attempt that was taken or answered, or it moves the range
@@ -294,10 +293,11 @@ def _require_sane(plan: RoundPlan) -> None:
             f"the plan's clip and value_range must be positive and finite, got {plan.clip:g} and "
             f"{plan.value_range:g}"
         )
-    if not FINEST <= plan.value_range / plan.clip <= COARSEST:
+    finest, coarsest = range_bounds(plan.clip)
+    if not finest <= plan.value_range <= coarsest:
         raise RefusedByPolicy(
-            f"the plan's value_range is {plan.value_range:g}, it must be between "
-            f"{plan.clip * FINEST:g} and {plan.clip * COARSEST:g}: 2 ** 24 around the clip bound"
+            f"the plan's value_range is {plan.value_range:g}, it must be between {finest:g} and "
+            f"{coarsest:g}: 2 ** 24 around the clip bound"
         )
 
 

@@ -56,3 +56,12 @@ def agreed_noise(config: FederationConfig, plan: RoundPlan) -> float:
         floor=plan.min_cohort,
         corrupt=config.thresholds.corrupt,
     )
+
+
+def range_bounds(clip: float) -> tuple[float, float]:
+    """Least and largest range that a plan may have: 2 ** 24 around the clip bound.
+
+    A finer one than float32 tells an update of that norm says nothing more of it, and with a
+    coarser one nothing is left of an update. Servers keep to them, and clients refuse what does not.
+    """
+    return clip * 2.0**-24, clip * 2.0**24

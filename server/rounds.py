@@ -10,13 +10,15 @@ masked vector, and none is begun that the budget does not allow. Nothing that is
 exact sum is kept: the sum is noised in place before anything reads it (server/privacy.py).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedoppu.common.adapters import Adapter
-from fedoppu.common.agreed import agreed
+from fedoppu.common.agreed import agreed, range_bounds
+from fedoppu.common.config import ThresholdSettings
 from fedoppu.common.errors import DataError, RoundAborted, UsageError
 from fedoppu.common.privacy import PrivacySpent
 from fedoppu.common.rounds import Exchange, RoundPlan
@@ -112,10 +114,15 @@ class Rounds:
 
     # --- attempts --------------------------------------------------------------------------------
 
-    @property
-    def _least(self) -> int:
-        """Fewest members of a cohort."""
+    def _thresholds(self, cohort: Collection[int]) -> ThresholdSettings:
+        """The config's, with the young members of a cohort counted as corrupt, as clients do."""
         settings = self.runtime.config.thresholds
+        young = len(self.runtime.young.intersection(cohort))
+        return replace(settings, corrupt=settings.corrupt + young)
+
+    def _least(self, cohort: Collection[int] = ()) -> int:
+        """Fewest members of a cohort."""
+        settings = self._thresholds(cohort)
         return settings.floor + settings.corrupt
 
     def _stored(self, standing: Standing) -> AttemptState:
@@ -128,7 +135,7 @@ class Rounds:
 
     def _next(self, state: AttemptState) -> AttemptState:
         """A new attempt with a new cohort, both durable before anybody is asked."""
-        runtime, number, least = self.runtime, state.attempt + 1, self._least
+        runtime, number, least = self.runtime, state.attempt + 1, self._least()
         out = tuple(sorted({*state.sitting_out, *state.asked}))
         eligible = sorted(set(self.exchanger.nodes) - set(out))
         if len(eligible) < least:
@@ -157,11 +164,11 @@ class Rounds:
         return after
 
     def _attempt(self, standing: Standing, state: AttemptState, tally: Tally) -> Attempt:
-        config = self.runtime.config
-        if len(state.cohort) < self._least:
+        config, least = self.runtime.config, self._least(state.cohort)
+        if len(state.cohort) < least:
             raise RoundAborted(
                 f"round {state.round} attempt {state.attempt}: a cohort of {len(state.cohort)} was "
-                f"drawn, {self._least} members are needed",
+                f"drawn, {least} members are needed",
                 hint="raise cohort, or lower thresholds.floor",
             )
         down = sent_down(config.shared.aggregation)
@@ -178,7 +185,7 @@ class Rounds:
     def _plan(self, standing: Standing, state: AttemptState) -> RoundPlan:
         config, adapter = self.runtime.config, standing.adapter
         graph = config.secagg.mode == "graph"
-        limits = plan_thresholds(len(state.cohort), config.thresholds, graph=graph)
+        limits = plan_thresholds(len(state.cohort), self._thresholds(state.cohort), graph=graph)
         plan = RoundPlan(
             run_id=state.run_id,
             round=state.round,
@@ -215,7 +222,7 @@ class Rounds:
 
     def _machine(self, plan: RoundPlan, state: AttemptState) -> SecAggServer:
         """A fresh machine, or the one that was stored before anybody was asked to unmask."""
-        corrupt, roster = self.runtime.config.thresholds.corrupt, self.runtime.roster
+        corrupt, roster = self._thresholds(state.cohort).corrupt, self.runtime.roster
         if not state.machine:
             return SecAggServer(plan, roster, invited=state.cohort, corrupt=corrupt)
         machine = SecAggServer.load(state.machine, roster, corrupt=corrupt)
@@ -250,7 +257,9 @@ class Rounds:
 
     def _affords(self, state: AttemptState) -> bool:
         """Whether an attempt may be begun; one that was charged before a crash is paid already."""
-        if self.runtime.config.privacy.mechanism == "none" or len(state.cohort) < self._least:
+        if self.runtime.config.privacy.mechanism == "none" or len(state.cohort) < self._least(
+            state.cohort
+        ):
             return True
         charges, own = self._charges(state.round), _charge_of(state)
         rounds = [charge.round for charge in charges]
@@ -287,9 +296,17 @@ class Rounds:
             record, timing = record.published(), RoundTiming(state.round, ())
         checkpoint = RoundCheckpoint(state.run_id, plan.config_hash, adapter, record)
         self.runtime.checkpoints.commit(checkpoint)
-        self.runtime.attempts.save(AttemptState(state.run_id, state.round + 1, attempt=-1))
+        unchanged = adapter.digest() == standing.adapter.digest()
+        out = self._answered() if unchanged else ()
+        after = AttemptState(state.run_id, state.round + 1, attempt=-1, sitting_out=out)
+        self.runtime.attempts.save(after)
         self.runtime.progress(record, timing)
         return Standing(state.round, adapter, record.next_range, state.run_id)
+
+    def _answered(self) -> tuple[int, ...]:
+        """Who was asked to unmask a sum from this model, and so answers no other one from it."""
+        stored = self.runtime.attempts.load()
+        return tuple(sorted({*stored.sitting_out, *stored.asked})) if stored else ()
 
 
 def _require_same(stored: RoundPlan, plan: RoundPlan) -> None:
@@ -347,10 +364,12 @@ def _range_after(
         return plan.value_range
     # what was released is the update times weight / max_weight
     released = mean * (outcome.weight / plan.max_weight)
-    return next_range(
+    wanted = next_range(
         plan.value_range,
         share,
         total=released,
         clients=len(outcome.survivors),
         level_bits=plan.level_bits,
     )
+    finest, coarsest = range_bounds(plan.clip)
+    return min(max(wanted, finest), coarsest)

@@ -44,6 +44,8 @@ class ServerRuntime:
         warn: Is told what weakens a promise.
         sampler: Of the cohorts; by default the one that the config's privacy assumes.
         helper: Reaches the helper of the two-server mode; None in graph mode.
+        young: Members of the roster whom clients count as corrupt, because they joined a short
+            while ago (`RosterEpoch.young`).
         stopped: Is told why a run ends before its last round.
         deadline: Seconds that a stage waits for replies.
         poll: Seconds between two looks for replies.
@@ -63,6 +65,7 @@ class ServerRuntime:
     warn: Callable[[str], None] = logger.warning
     sampler: CohortSampler | None = None
     helper: HelperLink | None = field(default=None, repr=False)
+    young: frozenset[int] = frozenset()
     stopped: Callable[[str], None] = logger.info
     deadline: float = 600.0
     poll: float = 0.05
