@@ -36,7 +36,7 @@ from fedoppu.common.rounds import (
 )
 from fedoppu.common.secret_sharing import Share, restore
 from fedoppu.common.signing import Identity, advert_bytes
-from fedoppu.server.answers import cut_down
+from fedoppu.server.answers import cut_down, proofs_of
 from tests.integration.secagg_harness import CONFIG_HASH, HashKeys, identities, make_plan, roster_of
 
 SIMULATION = ClientPolicy.for_simulation()
@@ -167,11 +167,17 @@ class Rogue:
         """The share set and the packages that are for this member."""
         chosen = sorted(self.bundles) if dealers is None else list(dealers)
         cut = {
-            dealer: cut_down(self.bundles[dealer], member, provable=self.plan.hybrid)
+            dealer: self.part(dealer, member)
             for dealer in chosen
             if dealer in self.bundles and member in self.bundles[dealer].packages
         }
         self.tell(member, SharesDelivered(tuple(chosen), cut))
+
+    def part(self, dealer: int, member: int) -> ShareBundle:
+        """What a member is given of a dealer's bundle."""
+        bundle = self.bundles[dealer]
+        path = proofs_of(bundle)[member] if self.plan.hybrid else ()
+        return cut_down(bundle, member, path=path)
 
     def train(self, member: int, words: Words | None = None) -> None:
         """The member's own runtime hands its integers to its machine."""

@@ -20,7 +20,7 @@ from fedoppu.client.seat import Seat
 from fedoppu.client.secagg import Phase, SecAggClient
 from fedoppu.client.secagg_state import State
 from fedoppu.common import masking
-from fedoppu.common.cohort import Cohort, advert_fault
+from fedoppu.common.cohort import Cohort, form_cohort
 from fedoppu.common.errors import RoundAborted
 from fedoppu.common.masking import Mask
 from fedoppu.common.messages import Stage
@@ -78,6 +78,14 @@ def _set(*targets: str, value: Any) -> Patch:
     return apply
 
 
+def _all(*patches: Patch) -> Patch:
+    def apply(monkeypatch: pytest.MonkeyPatch) -> None:
+        for patch in patches:
+            patch(monkeypatch)
+
+    return apply
+
+
 def _never_objects(*args: Any, **kwargs: Any) -> None:
     """In place of a check that raises."""
 
@@ -118,8 +126,10 @@ def _with_any_keys(
     plan: RoundPlan, adverts: Iterable[Advert], roster: Roster
 ) -> tuple[Cohort, dict[int, str]]:
     """`form_cohort` that takes keys which two members share."""
-    ordered = sorted(adverts, key=lambda advert: advert.member)
-    valid = {a.member: a for a in ordered if advert_fault(a, plan, roster) is None}
+    valid = {}
+    for advert in sorted(adverts, key=lambda advert: advert.member):
+        cohort, _ = form_cohort(plan, [advert], roster)
+        valid |= cohort.adverts
     return Cohort(plan, valid), {}
 
 
@@ -227,6 +237,7 @@ def _seeded_anywhere(source: SeededKeySource, purpose: str, length: int) -> byte
     return hashlib.shake_256(seed).digest(length)
 
 
+HELPER = "fedoppu.server.helper.Helper"
 UNMASKING = "fedoppu.server.unmasking"
 SEAT = "fedoppu.client.seat.Seat"
 POLICY = "fedoppu.client.policy.ClientPolicy"
@@ -361,5 +372,49 @@ RULES: Mapping[str, Rule] = {
     "reachable totals": Rule(
         "totals are in [0, n max]",
         _set("fedoppu.common.quantization._require_range", value=_never_objects),
+    ),
+    # --- two servers
+    "one set a round": Rule(
+        "the helper answers one set for a round and for a model",
+        _set(f"{HELPER}._require_only", value=lambda *_: False),
+    ),
+    "helper's floor": Rule(
+        "a set has the helper's floor",
+        _all(
+            _set(f"{HELPER}._require_size", value=_never_objects),
+            _set(f"{HELPER}._least", value=lambda *_: 0),
+        ),
+    ),
+    "signed claims": Rule(
+        "members sign what the helper gets", _set("fedoppu.server.helper.verify", value=_always)
+    ),
+    "seed is bound": Rule(
+        "a sealed seed is bound to round and member",
+        _all(
+            _set(
+                "fedoppu.common.two_server.seal_info",
+                "fedoppu.server.helper.seal_info",
+                value=lambda *_: b"",
+            ),
+            _set(
+                "fedoppu.client.two_server.seed_mask",
+                "fedoppu.server.helper.seed_mask",
+                value=lambda seed, *_: Mask(bytes(seed)),
+            ),
+        ),
+    ),
+    "pinned config": Rule(
+        "the owner's config is the only one",
+        _set(f"{SEAT}.require_pinned", f"{POLICY}.check_config", value=_never_objects),
+    ),
+    "answers of the helper": Rule(
+        "the helper answers for what it was asked",
+        _set("fedoppu.server.two_server.SealedServer._require_answer", value=_never_objects),
+    ),
+    "signed mask sums": Rule(
+        "the helper signs its sums", _set("fedoppu.server.two_server.verify", value=_always)
+    ),
+    "salted hash": Rule(
+        "the hash of masked words is salted", _set("fedoppu.client.two_server.SALT_BYTES", value=0)
     ),
 }

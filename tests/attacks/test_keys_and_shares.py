@@ -14,7 +14,6 @@ from fedoppu.common.errors import ProtocolError, UsageError
 from fedoppu.common.pairwise import key_exchange
 from fedoppu.common.randomness import Randomness
 from fedoppu.common.rounds import SharesDelivered, Words
-from fedoppu.server.answers import cut_down
 from fedoppu.simulations.key_source import GridMarker, SeededKeySource, simulation_grid
 from tests.attacks.attacker import Rogue, World, forged_advert, same, secret_of, strip
 from tests.attacks.switches import without
@@ -56,7 +55,7 @@ def _deliver_relabelled(rogue: Rogue, member: int, spy: int) -> None:
     """A member's packages; the spy's has the victim's content, if there is one for this member."""
     dealers = tuple(sorted(rogue.bundles))
     cut = {
-        dealer: cut_down(rogue.bundles[dealer], member, provable=False)
+        dealer: rogue.part(dealer, member)
         for dealer in dealers
         if member in rogue.bundles[dealer].packages
     }
@@ -91,7 +90,7 @@ def plant_pair_secrets() -> tuple[Words | None, Words]:
         key = hashlib.sha256(b"planted %d" % dealer).digest()
         offer = exchange.load(key).offer(view.mask_link(dealer, victim))
         planted[dealer] = key
-        cut = cut_down(rogue.bundles[dealer], victim, provable=True)
+        cut = rogue.part(dealer, victim)
         delivered[dealer] = replace(cut, offers={victim: offer})
     for member in range(3):
         rogue.deliver(member)
@@ -119,7 +118,7 @@ def sealed_by_a_stranger() -> bytes:
     content = bytes(33) + b"\x00" + b"\x07" * 32
     mine = key_exchange(rogue.plan).load(b"\x01" * 32)
     sealed = mine.seal(content, view.channel_link(dealer, victim))
-    cuts = {d: cut_down(rogue.bundles[d], victim, provable=True) for d in range(3)}
+    cuts = {d: rogue.part(d, victim) for d in range(3)}
     cuts[dealer] = replace(
         cuts[dealer],
         packages={victim: sealed},
