@@ -143,7 +143,8 @@ class Rounds:
                 f"round {state.round}: {len(eligible)} members may still be asked, {least} are "
                 f"needed; members {', '.join(map(str, out)) or 'none'} were asked to unmask, or "
                 "lied, and sit out until the model has changed",
-                hint="enrol more members, or begin a new run",
+                hint="enrol more members; if rounds leave the model as it was, nothing is left to "
+                "learn, or encoding.value_range is far too wide",
             )
         cohort = runtime.cohorts.sample(
             runtime.randomness, eligible, round=state.round, attempt=number
