@@ -118,24 +118,26 @@ class KeyPair(Protocol):
 
 
 class KeyExchange(Protocol):
-    """One way to exchange keys.
-
-    Attributes:
-        key_bytes: Of a public key.
-        package_bytes: Of a sealed package.
-        offer_bytes: Of a sealed pair secret.
-        authentic: Whether only its dealer can have made a package that fits its hashes. Where not,
-            what was dealt is used only if the dealer's signature over it was checked.
-    """
+    """One way to exchange keys."""
 
     @property
-    def key_bytes(self) -> int: ...  # noqa: D102 - described above
+    def key_bytes(self) -> int:
+        """Bytes of a public key."""
+
     @property
-    def package_bytes(self) -> int: ...  # noqa: D102
+    def package_bytes(self) -> int:
+        """Bytes of a sealed package."""
+
     @property
-    def offer_bytes(self) -> int: ...  # noqa: D102
+    def offer_bytes(self) -> int:
+        """Bytes of a sealed pair secret with its hash; 0 if none is sent."""
+
     @property
-    def authentic(self) -> bool: ...  # noqa: D102
+    def authentic(self) -> bool:
+        """Whether only its dealer can have made a package that fits its hashes.
+
+        Where not, what was dealt is used only if the dealer's signature over it was checked.
+        """
 
     def load(self, private_key: bytes | bytearray) -> KeyPair:
         """The key pair of 32 bytes."""
@@ -240,14 +242,12 @@ class HybridPair:
         Either way it must fit the published hash, where one was offered: a lower member that still
         holds its key has no need of it, a server that restored the key does.
         """
-        sealed, promised = offered[:-_COMMITMENT_BYTES], offered[-_COMMITMENT_BYTES:]
-        if link.own < link.peer:
-            secret: bytes | None = self._secret(link)
-            fits = not offered or promised == _commit(link, self._secret(link))
-        else:
-            secret = self._open(sealed, link.received("pair secret"))
-            fits = secret is not None and promised == _commit(link, secret)
-        if secret is None or not fits:
+        lower, sealed = link.own < link.peer, offered[:-_COMMITMENT_BYTES]
+        secret = self._secret(link) if lower else self._open(sealed, link.received("pair secret"))
+        if secret is None:
+            return None
+        held_to_it = bool(offered) or not lower
+        if held_to_it and offered[-_COMMITMENT_BYTES:] != _commit(link, secret):
             return None
         return pair_mask(secret, link.scope, owner=link.own, other=link.peer)
 
