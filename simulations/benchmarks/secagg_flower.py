@@ -59,7 +59,7 @@ from flwr.supercore.primitives.asymmetric import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedoppu.simulations.benchmarks.bench import Stopwatch, cpu_seconds
+from fedoppu.simulations.benchmarks.meters import Stopwatch, cpu_seconds
 from fedoppu.simulations.benchmarks.secagg_cases import Case
 
 CLIPPING_RANGE, TARGET_RANGE, MOD_RANGE, MAX_WEIGHT = 8.0, 1 << 22, 1 << 32, 1000.0

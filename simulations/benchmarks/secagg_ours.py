@@ -18,6 +18,7 @@ from fedoppu.client.policy import ClientPolicy
 from fedoppu.client.release import release
 from fedoppu.client.secagg import Pins, SecAggClient
 from fedoppu.client.two_server import seal_update
+from fedoppu.common.cohort import form_cohort
 from fedoppu.common.masking import Mask, add_masks, public_key
 from fedoppu.common.messages import write_reply
 from fedoppu.common.quantization import VectorLayout, decode_sum
@@ -25,6 +26,7 @@ from fedoppu.common.randomness import Randomness
 from fedoppu.common.roster import Roster
 from fedoppu.common.rounds import (
     ClientEvent,
+    CohortFixed,
     Exchange,
     MaskedUpdate,
     Outgoing,
@@ -39,7 +41,7 @@ from fedoppu.common.signing import Identity, masked_bytes, verify, verify_public
 from fedoppu.common.signing import Scope as Binding
 from fedoppu.common.two_server import HelperKeys, SealedUpdate
 from fedoppu.server.secagg import SecAggServer
-from fedoppu.simulations.benchmarks.bench import Meter, Stopwatch, cpu_seconds
+from fedoppu.simulations.benchmarks.meters import Meter, Stopwatch, cpu_seconds
 from fedoppu.simulations.benchmarks.secagg_cases import Case
 from fedoppu.simulations.key_source import GridMarker, SeededKeySource
 
@@ -158,6 +160,13 @@ class OurClient:
         self.sent = answers
         return watch.seconds
 
+    def run_checks(self) -> float:
+        """CPU seconds of checking the adverts of the cohort: part of the share phase."""
+        cohort = self.cohort
+        fixed = next(event for event in self.inbox if isinstance(event, CohortFixed))
+        verify_public.cache_clear()
+        return cpu_seconds(lambda: form_cohort(cohort.plan, fixed.adverts, cohort.roster))
+
     def run_rotated_release(self) -> float:
         """CPU seconds of the release of the same update under a plan with rotation."""
         update = replace(self.update, context=self.rotated.context)
@@ -194,6 +203,8 @@ class OurRound:
         server: The machine that is measured.
         meter: Of the server alone, by exchange.
         seen: What was sent to member 0, and what it answered.
+        own: CPU seconds of member 0, by exchange. It answers first, so it finds no signature that
+            another has checked.
         held: Bytes of the server's state once the vectors are summed.
     """
 
@@ -206,6 +217,7 @@ class OurRound:
         )
         self.clients = {person.member: cohort.client(person.member) for person in cohort.people}
         self.seen: list[ServerEvent | ClientEvent] = []
+        self.own = Stopwatch()
         self.held = 0
 
     def inbox(self) -> list[ServerEvent]:
@@ -252,7 +264,8 @@ class OurRound:
 
     def _answer(self, message: Outgoing) -> None:
         client, stage = self.clients[message.member], self.server.stage
-        answers = client.receive(message.event)
+        with self.own.part(stage.value if message.member == 0 else "others"):
+            answers = client.receive(message.event)
         if stage is Exchange.MASKED:
             answers = client.receive(UpdateReady(self._words(message.member)))
         if message.member == 0:

@@ -3,6 +3,7 @@
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -16,6 +17,7 @@ from fedoppu.common.rounds import (
     Advert,
     ClientEvent,
     CohortFixed,
+    Exchange,
     MaskedUpdate,
     RoundOpened,
     ServerEvent,
@@ -26,10 +28,10 @@ from fedoppu.common.rounds import (
     UnmaskReply,
     UnmaskRequested,
 )
-from fedoppu.simulations.benchmarks.bench import (
+from fedoppu.simulations.benchmarks.bench import Row
+from fedoppu.simulations.benchmarks.meters import (
     Paired,
     PeakMeter,
-    Row,
     Stopwatch,
     cpu_seconds,
     interleave,
@@ -118,6 +120,8 @@ def _client_case(case: Case, pairs: int) -> Iterator[Row]:
     yield paired_row(f"client {case.name}", found["all"], goal=goals[0])
     yield paired_row(f"client, rotated {case.name}", found["rotated"], goal=goals[1])
     yield paired_row(f"- share phase {case.name}", found["shares"])
+    checks = median(ours.run_checks() for _ in range(pairs))
+    yield Row(f"- of it, signed adverts checked {case.name}", checks, note="Flower's are unsigned")
     yield paired_row(f"- quantize and mask {case.name}", found["vector"])
     ours_peak, theirs_peak = peak_bytes(ours.run), peak_bytes(theirs.run)
     yield Row(f"client peak memory {case.name}", ours_peak, theirs_peak, unit="B")
@@ -183,38 +187,50 @@ def server_rows(scope: Scope) -> Iterator[Row]:
                 for case in cases:
                     yield _whole(case, scope.pairs if size < WHOLE_UP_TO else 1)
                     yield _server_memory(case)
+                yield _last_answers(_play(cases[0])[0])
 
 
 def _whole(case: Case, pairs: int) -> Row:
     flower = FlowerServer(case)
-    found = interleave(lambda: {"server": _our_round(case)}, flower.run, pairs)["server"]
+    found = interleave(lambda: {"server": _play(case)[1]}, flower.run, pairs)["server"]
     return paired_row(f"server {case.name}", found, note="both whole rounds")
 
 
-def _our_round(case: Case) -> float:
+def _play(case: Case) -> tuple[OurRound, float]:
+    """A whole round of ours, and its server's CPU seconds."""
     watch = Stopwatch()
-    OurRound(Cohort.of(case), watch).run()
-    return watch.total
+    played = OurRound(Cohort.of(case), watch)
+    played.run()
+    return played, watch.total
+
+
+def _last_answers(played: OurRound) -> Row:
+    """What a client does after its vector is sent, which does not depend on its length."""
+    seconds = played.own.seconds
+    spent = seconds[Exchange.CONSISTENCY] + seconds[Exchange.UNMASK]
+    note = (
+        "survivor set signed, the cohort's signatures checked, shares given; Flower's checks none"
+    )
+    return Row(f"client, after its vector {played.cohort.case.name}", spent, note=note)
 
 
 def _large_cohort(cases: Sequence[Case]) -> Iterator[Row]:
     """Ours whole at the least length and at the goal's; Flower's counted."""
     least = cases[0]
-    whole = _our_round(least)
+    played, whole = _play(least)
     rest = whole - OurTerms(Cohort.of(least)).counted()
     for case in cases:
         goal = is_goal(case, GOAL_SERVER)
-        note = "ours a whole round"
-        if case == least:
-            ours = whole
-        elif goal:
-            ours = _our_round(case)
-        else:
+        ours, note = whole, "ours a whole round"
+        if goal:
+            _, ours = _play(case)
+        elif case != least:
             ours, note = rest + OurTerms(Cohort.of(case)).counted(), "ours counted from d above"
         theirs = FlowerTerms(case).counted()["server"]
         name = f"server {case.name}, Flower extrapolated"
         note += "; theirs its terms, measured and counted"
         yield Row(name, ours, theirs, goal=40.0 if goal else None, note=note)
+    yield _last_answers(played)
 
 
 def _server_memory(case: Case) -> Row:

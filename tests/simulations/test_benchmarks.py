@@ -15,17 +15,19 @@ from typer.testing import CliRunner
 
 from fedoppu.common.errors import UsageError
 from fedoppu.simulations.benchmarks.bench import (
-    PeakMeter,
     Row,
-    Stopwatch,
     check_target,
+    machine,
+    print_rows,
+    write_result,
+)
+from fedoppu.simulations.benchmarks.meters import (
+    PeakMeter,
+    Stopwatch,
     cpu_seconds,
     interleave,
-    machine,
     peak_bytes,
-    print_rows,
     run_tree,
-    write_result,
 )
 from fedoppu.simulations.benchmarks.secagg import GROUPS as NAMES
 from fedoppu.simulations.benchmarks.secagg import app
