@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,34 +101,32 @@ class Device:
         return read_reply(stage, reply, f"member {self.identity.member}")
 
 
-def devices(n: int, **changes: object) -> list[Device]:
+def devices(n: int, **changes: Any) -> list[Device]:
     people = identities(n)
     roster = roster_of(people)
-    return [Device(person, roster, **changes) for person in people]  # type: ignore[arg-type]
+    return [Device(person, roster, **changes) for person in people]
 
 
 def plan_for(
-    members: Iterable[Device], *, config: FederationConfig = CONFIG, **changes: object
+    members: Iterable[Device], *, config: FederationConfig = CONFIG, **changes: Any
 ) -> RoundPlan:
     """The plan of a first round among some members; `changes` are the server's."""
     chosen = list(members)
     adapter = initial_shared(SPEC, config.public_seed)
     limits = plan_thresholds(len(chosen), config.thresholds)
-    plan = RoundPlan(
-        run_id="ab" * 16,
-        round=1,
-        attempt=0,
-        config_hash=config.hash().hex(),
-        roster_hash=chosen[0].roster.hash(),
-        model_hash=adapter.digest(),
-        value_range=float(config.encoding.value_range),
-        threshold=limits.threshold,
-        neighbours=limits.neighbours,
-        min_cohort=limits.min_cohort,
-        max_drops=limits.max_drops,
+    values: dict[str, Any] = {
+        "run_id": "ab" * 16,
+        "round": 1,
+        "attempt": 0,
+        "config_hash": config.hash().hex(),
+        "roster_hash": chosen[0].roster.hash(),
+        "model_hash": adapter.digest(),
+        "value_range": float(config.encoding.value_range),
+        **vars(limits),
         **agreed(config, SPEC, 1),
-    )
-    changed = replace(plan, **changes)  # type: ignore[arg-type]
+    }
+    plan = RoundPlan(**values)
+    changed = replace(plan, **changes)
     return replace(changed, rotation=rotation_seed(config, changed.round))
 
 

@@ -8,10 +8,13 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import RecordDict
+from numpy.typing import NDArray
 
 from fedoppu.client import secagg
 from fedoppu.client.dealing import Taken, Taking
@@ -22,6 +25,7 @@ from fedoppu.client.secagg_state import State
 from fedoppu.common import masking
 from fedoppu.common.cohort import Cohort, form_cohort
 from fedoppu.common.errors import RoundAborted
+from fedoppu.common.integer_noise import discrete_gaussian
 from fedoppu.common.masking import Mask
 from fedoppu.common.messages import Stage
 from fedoppu.common.randomness import Key, encode_key
@@ -237,6 +241,17 @@ def _seeded_anywhere(source: SeededKeySource, purpose: str, length: int) -> byte
     return hashlib.shake_256(seed).digest(length)
 
 
+def _fresh_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each release draws anew."""
+    calls = count()
+
+    def noise(key: bytes, scale: float, length: int) -> NDArray[np.int64]:
+        fresh = hashlib.sha256(key + b"%d" % next(calls)).digest()
+        return discrete_gaussian(fresh, scale, length)
+
+    monkeypatch.setattr("fedoppu.server.privacy.discrete_gaussian", noise)
+
+
 HELPER = "fedoppu.server.helper.Helper"
 UNMASKING = "fedoppu.server.unmasking"
 SEAT = "fedoppu.client.seat.Seat"
@@ -416,5 +431,29 @@ RULES: Mapping[str, Rule] = {
     ),
     "salted hash": Rule(
         "the hash of masked words is salted", _set("fedoppu.client.two_server.SALT_BYTES", value=0)
+    ),
+    # --- numbers
+    "overflow": Rule(
+        "a sum fits its words",
+        _set(
+            f"{CLIENT}.require_no_overflow",
+            "fedoppu.server.secagg.require_no_overflow",
+            value=_never_objects,
+        ),
+    ),
+    "masks": Rule("a vector is masked", _set(f"{CLIENT}.add_masks", value=_never_objects)),
+    # --- differential privacy
+    "agreed noise": Rule(
+        "the plan's noise is the config's",
+        _set("fedoppu.client.handler._noise", value=lambda _, plan: plan.noise_scale),
+    ),
+    "agreed plan": Rule(
+        "a plan follows from the config",
+        _set("fedoppu.client.handler._require", value=_never_objects),
+    ),
+    "one noise for a sum": Rule("the same sum gets the same noise", _fresh_noise),
+    "charge": Rule(
+        "every masked vector is charged",
+        _set("fedoppu.client.ledger.VaultLedger.charge", value=_never_objects),
     ),
 }
