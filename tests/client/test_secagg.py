@@ -48,9 +48,9 @@ def client_of(n: int = 5, policy: ClientPolicy | None = None, member: int = 0) -
     return SecAggClient(people[member], pins, policy=policy, keys=HashKeys("one"))
 
 
-def at(phase: Phase) -> tuple[Federation, SecAggClient]:
+def at(phase: Phase, *, hybrid: bool = False) -> tuple[Federation, SecAggClient]:
     """A federation of five, and its member 0 in a phase."""
-    federation = Federation(5)
+    federation = Federation(5, hybrid=hybrid)
     if phase in PHASES:
         federation.until(PHASES[phase])
     elif phase is Phase.READY:
@@ -90,9 +90,10 @@ def test_illegal_event_raises_and_nothing_changes(phase: Phase) -> None:
     assert client.dump() == before
 
 
+@pytest.mark.parametrize("hybrid", [False, True])
 @pytest.mark.parametrize("phase", list(Phase))
-def test_state_survives_a_dump(phase: Phase) -> None:
-    federation, client = at(phase)
+def test_state_survives_a_dump(phase: Phase, hybrid: bool) -> None:
+    federation, client = at(phase, hybrid=hybrid)
     again = federation.reloaded(client)
     assert again.dump() == client.dump()
     assert again.phase is phase

@@ -156,3 +156,54 @@ def test_too_many_wrong_shares_restore_nothing() -> None:
     for holder in (0, 1):
         shares[holder] = Share(holder, bytes(SHARE_BYTES))
     assert restore_checked(shares.values(), 4, check=lambda found: found == SECRET) is None
+
+
+def test_liar_to_many_of_138_holders_costs_little() -> None:
+    """Too many wrong shares to decode, too many ways to leave some out: it is given up at once."""
+    shares = split(SECRET, range(138), threshold=102, entropy=entropy)
+    for holder in range(30):
+        shares[holder] = Share(holder, bytes(SHARE_BYTES))
+    tried: list[bytes] = []
+
+    def check(found: bytes) -> bool:
+        tried.append(found)
+        return found == SECRET
+
+    assert restore_checked(shares.values(), 102, check=check) is None
+    assert len(tried) <= 1
+
+
+def test_shares_of_another_secret_are_tried_once() -> None:
+    shares = split(bytes(32), range(20), threshold=10, entropy=entropy)
+    tried: list[bytes] = []
+
+    def check(found: bytes) -> bool:
+        tried.append(found)
+        return False
+
+    assert restore_checked(shares.values(), 10, check=check) is None
+    assert tried == [bytes(32)]
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_wrong_shares_beyond_half_the_surplus_are_found_where_few_can_be_left_out(
+    data: st.DataObject,
+) -> None:
+    threshold = data.draw(st.integers(1, 30))
+    size = threshold + data.draw(st.integers(1, 2))
+    wrong = data.draw(
+        st.lists(
+            st.integers(0, size - 1),
+            min_size=1,
+            max_size=size - threshold,
+            unique=True,
+        )
+    )
+    shares = split(SECRET, range(size), threshold=threshold, entropy=entropy)
+    for holder in wrong:
+        value = (int.from_bytes(shares[holder].value, "big") + 7) % PRIME
+        shares[holder] = Share(holder, value.to_bytes(SHARE_BYTES, "big"))
+    restored = restore_checked(shares.values(), threshold, check=lambda found: found == SECRET)
+    assert restored is not None
+    assert restored.wrong == tuple(sorted(wrong))

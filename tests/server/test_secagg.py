@@ -9,7 +9,7 @@ import pytest
 from fedoppu.client.dealing import Secrets, deal
 from fedoppu.common.config import ThresholdSettings
 from fedoppu.common.errors import DataError, ProtocolError, RoundAborted, UsageError
-from fedoppu.common.masking import KeyAgreement, public_key
+from fedoppu.common.masking import KeyAgreement
 from fedoppu.common.rounds import (
     Advert,
     ClientEvent,
@@ -63,9 +63,10 @@ def test_nothing_is_taken_after_the_end(event: ClientEvent | StageEnded) -> None
         federation.server.receive(event)
 
 
+@pytest.mark.parametrize("hybrid", [False, True])
 @pytest.mark.parametrize("stage", list(Exchange))
-def test_state_survives_a_dump_in_the_middle_of_a_stage(stage: Exchange) -> None:
-    federation = Federation(5)
+def test_state_survives_a_dump_in_the_middle_of_a_stage(stage: Exchange, hybrid: bool) -> None:
+    federation = Federation(5, hybrid=hybrid)
     outgoing = federation.until(stage)
     half, rest = outgoing[:3], outgoing[3:]
     for message in half:
@@ -117,8 +118,9 @@ def test_strategy_sees_whom_it_waits_for_and_whether_it_may_go_on() -> None:
     assert federation.server.stage is Exchange.SHARES
 
 
-def test_missing_reply_can_be_asked_for_again() -> None:
-    federation = Federation(4)
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_missing_reply_can_be_asked_for_again(hybrid: bool) -> None:
+    federation = Federation(4, hybrid=hybrid)
     outgoing = federation.until(Exchange.UNMASK)
     for message in outgoing[:2]:
         for event in federation.answer(message):
@@ -287,9 +289,10 @@ def lying_replies(
     federation.tamper = {**federation.tamper, member: lie}
 
 
+@pytest.mark.parametrize("hybrid", [False, True])
 @pytest.mark.parametrize("share", [bytes(SHARE_BYTES), b"", b"\xff" * SHARE_BYTES])
-def test_wrong_share_is_skipped_and_its_holder_named(share: bytes) -> None:
-    federation = Federation(7, drops={Exchange.MASKED: frozenset({6})})
+def test_wrong_share_is_skipped_and_its_holder_named(share: bytes, hybrid: bool) -> None:
+    federation = Federation(7, hybrid=hybrid, drops={Exchange.MASKED: frozenset({6})})
     lying_replies(federation, 2, lambda reply: replace(reply, key_shares={6: share}))
     ready = federation.run()
     assert (ready.words == federation.plain_sum((0, 1, 2, 3, 4, 5))).all()
@@ -340,9 +343,10 @@ def redeal(federation: Federation, member: int, secrets: Secrets) -> ShareBundle
     return deal(cohort, person, secrets, entropy=lambda use, length: bytes(length))
 
 
-def test_dealer_of_another_seed_is_named_and_the_round_ends() -> None:
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_dealer_of_another_seed_is_named_and_the_round_ends(hybrid: bool) -> None:
     federation = Federation(
-        7, drops={Exchange.UNMASK: frozenset({2})}
+        7, hybrid=hybrid, drops={Exchange.UNMASK: frozenset({2})}
     )  # so that its seed must be restored
 
     def cheat(event: ClientEvent) -> ClientEvent:
@@ -391,15 +395,17 @@ def one_wrong_share(
     return replace(changed, signature=signature)
 
 
-def test_restored_mask_key_is_that_of_the_advert() -> None:
-    federation = Federation(7, drops={Exchange.MASKED: frozenset({2})})
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_restored_mask_key_is_that_of_the_advert(hybrid: bool) -> None:
+    federation = Federation(7, hybrid=hybrid, drops={Exchange.MASKED: frozenset({2})})
 
     def cheat(event: ClientEvent) -> ClientEvent:
         if not isinstance(event, ShareBundle):
             return event
         state = federation.clients[2]._state
         other = Secrets(state.channel, bytearray(b"\x05" * 32), state.seed)
-        assert public_key(other.mask) != federation.server._formed().adverts[2].mask_key
+        cohort = federation.server._formed()
+        assert cohort.exchange.load(other.mask).public != cohort.adverts[2].mask_key
         return redeal(federation, 2, other)
 
     federation.tamper = {2: cheat}
