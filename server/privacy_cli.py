@@ -16,11 +16,6 @@ from fedoppu.server.privacy_plan import Federation, PrivacyPlan, fitting_range, 
 
 app = typer.Typer()
 
-SETTINGS_HELP = (
-    "Settings as key=value: users, cohort, rounds, parameters, epsilon or noise_multiplier, delta, "
-    "mechanism (central, distributed, dp_ftrl), sampling (poisson, fixed), separation; and "
-    "thresholds.floor, encoding.clip and so on, as for simulate."
-)
 COUNTS = ("users", "cohort", "rounds", "parameters")
 DEFAULT_EPSILON = 8.0
 ADJACENCY: dict[Adjacency, str] = {
@@ -36,7 +31,7 @@ def privacy_options() -> None:
 
 @app.command()
 def plan(
-    settings: Annotated[list[str] | None, typer.Argument(help=SETTINGS_HELP)] = None,
+    settings: Annotated[list[str] | None, typer.Argument(help="Settings as key=value.")] = None,
     output: Annotated[
         Literal["text", "json"],
         typer.Option("--format", help="json prints one object on standard output."),
@@ -44,7 +39,11 @@ def plan(
 ) -> None:
     """Say which noise a federation needs, what that promises to whom, and whether a signal is left.
 
-    For example: fedoppu privacy plan users=1000 cohort=100 rounds=100 parameters=10000 epsilon=8
+    Settings: users, cohort, rounds, parameters; epsilon or noise_multiplier, delta; mechanism
+    (central, distributed, dp_ftrl), sampling (poisson, fixed), separation; and thresholds.floor,
+    encoding.clip and so on, as for simulate. For example
+
+    fedoppu privacy plan users=1000 cohort=100 rounds=100 parameters=10000 epsilon=8
     """
 
     def command() -> dict[str, Any]:
