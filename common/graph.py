@@ -39,24 +39,28 @@ class Graph:
         """
         self.members = tuple(sorted(members))
         self.complete = is_complete(len(self.members), neighbours)
-        self._half = neighbours // 2
-        self._ring = sorted(self.members, key=lambda member: _rank(cohort_hash, member))
-        self._place = {member: place for place, member in enumerate(self._ring)}
+        half = self._half = neighbours // 2
+        ring = sorted(self.members, key=lambda member: _rank(cohort_hash, member))
+        self._place = {member: place for place, member in enumerate(ring)}
+        # closed at both ends, so that a member's neighbours are two slices
+        self._ring = ring[len(ring) - half :] + ring + ring[:half]
 
     def neighbours(self, member: int) -> tuple[int, ...]:
         """Neighbours of a member, sorted."""
         if self.complete:
             return tuple(other for other in self.members if other != member)
-        place, size = self._place[member], len(self._ring)
-        steps = range(1, self._half + 1)
-        around = [self._ring[(place + side * step) % size] for step in steps for side in (-1, 1)]
-        return tuple(sorted(around))
+        return tuple(sorted(self._around(member)))
 
     def live_holders(self, owner: int, live: Collection[int]) -> int:
         """How many of `live`, a set of members, hold a share of the owner's secrets."""
         if self.complete:
             return len(live)
-        return sum(neighbour in live for neighbour in self.neighbours(owner))
+        return sum(map(live.__contains__, self._around(owner)))
+
+    def _around(self, member: int) -> list[int]:
+        place, half = self._place[member], self._half
+        middle, end = place + half, place + 2 * half + 1
+        return self._ring[place:middle] + self._ring[middle + 1 : end]
 
 
 def _rank(cohort_hash: bytes, member: int) -> bytes:
