@@ -137,7 +137,8 @@ class Rounds:
         """A new attempt with a new cohort, both durable before anybody is asked."""
         runtime, number, least = self.runtime, state.attempt + 1, self._least()
         out = tuple(sorted({*state.sitting_out, *state.asked}))
-        eligible = sorted(set(self.exchanger.nodes) - set(out))
+        known = {member for member in self.exchanger.nodes if member in runtime.roster}
+        eligible = sorted(known - set(out))
         if len(eligible) < least:
             raise RoundAborted(
                 f"round {state.round}: {len(eligible)} members may still be asked, {least} are "
