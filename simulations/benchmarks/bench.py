@@ -139,6 +139,13 @@ def print_rows(title: str, rows: Sequence[Row], console: Console) -> None:
     console.print(grid)
 
 
+def in_words(row: Row) -> str:
+    """A row in one line, for progress."""
+    theirs = f", theirs {with_unit(row.theirs, row.unit)}" if row.theirs is not None else ""
+    ratio = f", ratio {short(row.ratio)}" if row.ratio is not None else ""
+    return f"{row.name}: {with_unit(row.ours, row.unit)}{theirs}{ratio} {_goal(row)}".rstrip()
+
+
 def _goal(row: Row) -> str:
     if row.goal is None:
         return ""

@@ -19,6 +19,7 @@ from fedoppu.simulations.benchmarks.bench import (
     Row,
     check_target,
     describe,
+    in_words,
     machine,
     one_thread,
     print_rows,
@@ -79,7 +80,7 @@ def _run(rows: Iterator[Row], json: Path | None) -> dict[str, Any]:
     done = []
     for row in rows:
         done.append(row)
-        progress.print(f"  {row.name}", markup=False, soft_wrap=True)
+        progress.print(f"  {in_words(row)}", markup=False, soft_wrap=True)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = FILE_WIDTH

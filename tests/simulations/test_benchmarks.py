@@ -17,6 +17,7 @@ from fedoppu.common.errors import UsageError
 from fedoppu.simulations.benchmarks.bench import (
     Row,
     check_target,
+    in_words,
     machine,
     print_rows,
     write_result,
@@ -84,6 +85,12 @@ def test_table_says_goal_and_verdict_of_each_row() -> None:
     assert re.search(r"fast +50 ms +700 ms +14 +13 +>= 12 met", text)
     assert re.search(r"slow +100 ms +700 ms +7 +>= 12 missed +why", text)
     assert re.search(r"large +135 kB +<= 135 kB missed", text)
+
+
+def test_progress_is_one_line_a_row() -> None:
+    row = Row("fast", 0.05, 0.7, goal=12.0)
+    assert in_words(row) == "fast: 50 ms, theirs 700 ms, ratio 14 >= 12 met"
+    assert in_words(Row("size", 4.9e3, kind="bound", unit="B")) == "size: 4.9 kB"
 
 
 def test_file_holds_machine_command_and_rows(tmp_path: Path) -> None:
