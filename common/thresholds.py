@@ -22,11 +22,17 @@ advert is a drop like any other: `max_drops` of the n may be missing in all, fro
 to the last, so a cohort below n - max_drops is not begun, and corrupt members are counted in the
 smallest cohort that could come of it.
 
-Without corrupt members, the smallest cohorts have (k is n - 1):
+The smallest cohorts, with the least floor (2 honest members) and max_drop=.5; k is n - 1, and t is
+also the quorum of signatures:
 
-    n                    2   3   4   5   6   7
-    t, and the quorum    2   2   3   3   4   4
-    drops at most        0   1   1   2   2   3
+    n                          2   3   4   5   6   7
+    no corrupt member:   t     2   2   3   3   4   4
+                     drops     0   1   1   2   2   3
+    one corrupt member:  t     -   3   3   4   4   5
+                     drops     -   0   1   1   2   2
+
+With one corrupt member two are no cohort: its vector is the sum less what the other one sent. Below
+4 members only a simulation begins a round (client/policy.py).
 """
 
 from dataclasses import dataclass
@@ -132,7 +138,7 @@ def plan_thresholds(n: int, settings: ThresholdSettings, *, graph: bool = True) 
     """k, t and drops for a round in which n members are asked.
 
     The tolerated drops are settings.max_drop of n, but never so many that fewer than a quorum is
-    left: without corrupt members at most 0, 1, 1, 2, 2, 3 of 2 to 7, whatever the setting.
+    left, whatever the setting: the table above has the most for 2 to 7.
 
     Args:
         n: Members that are asked.

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedoppu.common import thresholds
 from fedoppu.common.config import ThresholdSettings
 from fedoppu.common.errors import UsageError
 from fedoppu.common.thresholds import (
@@ -17,16 +18,43 @@ from fedoppu.common.thresholds import (
     survives,
 )
 
+SMALL = [
+    (0, 2, 2, 0),
+    (0, 3, 2, 1),
+    (0, 4, 3, 1),
+    (0, 5, 3, 2),
+    (0, 6, 4, 2),
+    (0, 7, 4, 3),
+    (1, 3, 3, 0),
+    (1, 4, 3, 1),
+    (1, 5, 4, 1),
+    (1, 6, 4, 2),
+    (1, 7, 5, 2),
+]
 
-@pytest.mark.parametrize(
-    ("n", "threshold", "drops"), [(2, 2, 0), (3, 2, 1), (4, 3, 1), (5, 3, 2), (6, 4, 2), (7, 4, 3)]
-)
-def test_small_cohorts_have_these_thresholds_and_drops(n: int, threshold: int, drops: int) -> None:
-    settings_ = ThresholdSettings(floor=2, corrupt=0, max_drop=0.5)
-    found = plan_thresholds(n, settings_)
-    tolerated = min(drops, n // 2, n - 2)
-    assert found == Thresholds(n - 1, threshold, tolerated, n - tolerated)
-    assert n - threshold == drops
+
+@pytest.mark.parametrize(("corrupt", "n", "threshold", "drops"), SMALL)
+def test_small_cohorts_have_these_thresholds_and_drops(
+    corrupt: int, n: int, threshold: int, drops: int
+) -> None:
+    found = plan_thresholds(n, ThresholdSettings(floor=2, corrupt=corrupt, max_drop=0.5))
+    assert found == Thresholds(n - 1, threshold, drops, n - drops)
+    assert threshold == quorum(n, corrupt)
+    assert drops <= n - threshold
+
+
+def test_table_of_small_cohorts_is_in_the_module() -> None:
+    """The docstring tells what the calculator gives, in its order."""
+    rows = [line.split() for line in (thresholds.__doc__ or "").splitlines()]
+    for corrupt, name in ((0, ["no", "corrupt", "member:"]), (1, ["one", "corrupt", "member:"])):
+        at = next(place for place, row in enumerate(rows) if row[:3] == name)
+        told = [(t, d) for t, d in zip(rows[at][4:], rows[at + 1][1:], strict=True) if t != "-"]
+        assert told == [(str(t), str(d)) for c, _, t, d in SMALL if c == corrupt]
+
+
+def test_two_members_of_whom_one_is_corrupt_are_no_cohort() -> None:
+    with pytest.raises(UsageError, match=r"thresholds\.floor \+ thresholds\.corrupt = 3 members"):
+        plan_thresholds(2, ThresholdSettings(floor=2, corrupt=1))
 
 
 # Honest but curious, sigma = 40 and eta = 20 bits: corrupt share, drop share, n, k, t.
