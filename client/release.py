@@ -6,12 +6,12 @@ which takes of this module the clip alone.
 The steps, in this order and nothing after them: clip the L2 norm, rotate, scale by weight / max_weight, clamp to the
 range, round at random, add integer noise, wrap.
 
-Guarantees: a client's update has L2 norm at most plan.clip before it is rotated and scaled down, whatever its data;
-every word is within what the plan's overflow bound assumes; the weight, the loss and the counts travel nowhere else.
-With differential privacy (a plan without metrics): every element is inside the one clipped vector, its weight is one or
-zero, and the L2 norm of its *integers*, counted from the level of zero, is at most `sensitivity(plan)`; where the plan
-has a noise scale, each coordinate carries discrete Gaussian noise of it, under a key that the server does not have. The
-unit of privacy is the user: one vector a round.
+Guarantees: a client's update has L2 norm at most plan.clip (to float32 precision) before it is rotated and scaled down,
+whatever its data; every word is within what the plan's overflow bound assumes; the weight, the loss and the counts
+travel nowhere else. With differential privacy (a plan without metrics): every element is inside the one clipped vector,
+its weight is one or zero, and the L2 norm of its *integers*, counted from the level of zero, is at most
+`sensitivity(plan)`; where the plan has a noise scale, each coordinate carries discrete Gaussian noise of it, under a
+key that the server does not have. The unit of privacy is the user: one vector a round.
 Not guaranteed: anything about a sum without noise. It is exact, and a sum of few leaks.
 """
 
@@ -57,7 +57,7 @@ def release(update: LocalUpdate, plan: RoundPlan, dither: Randomness) -> Words:
 
     Raises:
         ProtocolError: The update was made for another context or has another length.
-        ClientFailed: The update or the loss is not finite.
+        ClientFailed: The update is not finite, or a loss that would travel.
         RefusedByPolicy: The plan is private, but has weights or metrics, which would lie outside of the one clipped
             vector.
     """
@@ -78,7 +78,7 @@ def release(update: LocalUpdate, plan: RoundPlan, dither: Randomness) -> Words:
 
 
 def clip(vector: Vector, bound: float) -> Vector:
-    """Scales a vector down to an L2 norm of at most `bound`; a shorter one stays as it is.
+    """Scales a vector down to an L2 norm of at most `bound`, to float32 precision; a shorter one stays as it is.
 
     Raises:
         ClientFailed: A coordinate is not finite.
@@ -124,6 +124,8 @@ def _loss(update: LocalUpdate) -> dict[str, int]:
     """The clipped loss in fixed point and that one was added; zeros for a client that has none."""
     if update.held_out_loss is None:
         return {LOSS: 0, LOSS_COUNT: 0}
+    if not math.isfinite(update.held_out_loss):
+        raise ClientFailed("the held-out loss is not finite: training diverged", hint=DIVERGED)
     share = min(max(update.held_out_loss, 0.0), LOSS_MAX) / LOSS_MAX
     return {LOSS: round(share * LOSS_LEVELS), LOSS_COUNT: 1}
 
@@ -140,9 +142,6 @@ def _require_fit(update: LocalUpdate, plan: RoundPlan) -> None:
         )
     if update.weight < 0:
         raise ProtocolError(f"an update's weight must be at least 0, got {update.weight}")
-    loss = update.held_out_loss
-    if loss is not None and not math.isfinite(loss):
-        raise ClientFailed("the held-out loss is not finite: training diverged", hint=DIVERGED)
 
 
 def _require_one_vector(plan: RoundPlan) -> None:

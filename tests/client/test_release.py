@@ -252,6 +252,16 @@ def test_every_private_client_weighs_one_and_none_without_examples() -> None:
     assert (private(vector, PRIVATE, 0) == VectorLayout.of(PRIVATE).middle).all()
 
 
+def test_loss_has_no_part_in_a_private_update() -> None:
+    vector = np.full(50, 0.1, np.float32)
+    words = [
+        release(LocalUpdate(NOISED.context, vector, 5, loss), NOISED, ROOT)
+        for loss in (None, 2.0, float("nan"))
+    ]
+    assert (words[0] == words[1]).all()
+    assert (words[0] == words[2]).all()
+
+
 def test_noise_beside_metrics_is_refused() -> None:
     for noise_scale in (1.0, -1.0, float("nan")):
         plan = replace(PLAN, noise_scale=noise_scale, max_weight=1)

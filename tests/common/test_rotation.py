@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fedoppu.common import rotation
 from fedoppu.common.errors import ProtocolError
 from fedoppu.common.rotation import rotate, rotate_back, rotation_seed
 from tests.fake_federation import CONFIG
@@ -102,6 +103,14 @@ def test_bytes_are_the_same_on_every_machine(length: int, digest: str) -> None:
     vector = (np.arange(length) % 17 - 8).astype(np.float32)
     rotated = rotate(vector, bytes(range(32)).hex())
     assert hashlib.sha256(rotated.astype("<f4").tobytes()).hexdigest() == digest
+
+
+def test_size_of_a_panel_changes_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    vector = normal(70_001)
+    turned, back = rotate(vector, SEED), rotate_back(vector, SEED)
+    monkeypatch.setattr(rotation, "PANEL", 1 << 11)
+    assert (rotate(vector, SEED) == turned).all()
+    assert (rotate_back(vector, SEED) == back).all()
 
 
 def test_sum_of_rotated_vectors_is_the_rotated_sum() -> None:
