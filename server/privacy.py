@@ -34,7 +34,7 @@ from fedoppu.common.agreed import agreed_noise
 from fedoppu.common.config import FederationConfig
 from fedoppu.common.errors import RoundAborted
 from fedoppu.common.integer_noise import discrete_gaussian
-from fedoppu.common.matrix_factorization import coefficients, column_norm, noise_of_rounds
+from fedoppu.common.matrix_factorization import largest_scale, noise_of_rounds
 from fedoppu.common.privacy import (
     Participation,
     PrivacySpent,
@@ -191,7 +191,7 @@ class GaussianPrivacy:
         """Of all noise in a sum, levels."""
         own, privacy = self._own_scale(plan, survivors), self.config.privacy
         if privacy.mechanism == "dp_ftrl":
-            own *= column_norm(privacy.separation) * row_norm(privacy.separation, plan.round)
+            own *= largest_scale(plan.round, privacy.separation)
         return math.sqrt(own**2 + survivors * plan.noise_scale**2)
 
     # --- distributed noise under Poisson sampling ------------------------------------------------
@@ -254,17 +254,6 @@ class NoiseTape:
             self._noise = next(self._rounds)
             self._round += 1
         return self._noise
-
-
-def row_norm(bands: int, rounds: int) -> float:
-    """L2 norm of row `rounds` of the inverse of dp_ftrl's matrix C: how its noise adds up in that round."""
-    first = coefficients(bands) / coefficients(bands)[0]
-    inverse = np.zeros(rounds)
-    inverse[0] = 1.0
-    for row in range(1, rounds):
-        reach = min(row, bands - 1)
-        inverse[row] = -np.dot(first[1 : reach + 1], inverse[row - reach : row][::-1])
-    return float(np.linalg.norm(inverse))
 
 
 def participation(config: FederationConfig, members: int, rounds: Sequence[int]) -> Participation:

@@ -83,7 +83,7 @@ def test_several_gaussians_are_one() -> None:
 
 
 def accounting_event(z: float) -> object:
-    import dp_accounting  # type: ignore[import-untyped]
+    import dp_accounting
 
     return dp_accounting.GaussianDpEvent(z)
 
@@ -124,7 +124,9 @@ def independent_epsilons(z: float, q: float, rounds: int, delta: float) -> tuple
             # mass[i] lies in (edges[i], edges[i + 1]]; it is moved to one of its ends
             origin = round(-low / step) - up
             shifted = np.roll(np.append(mass, 0.0), -origin)
-            total = np.fft.irfft(np.fft.rfft(shifted) ** rounds, shifted.size).clip(0)
+            total = np.asarray(
+                np.fft.irfft(np.fft.rfft(shifted) ** rounds, shifted.size).clip(0), np.float64
+            )
             losses = np.arange(shifted.size) * step
             losses = np.where(losses > high, losses - shifted.size * step, losses)
             worst = max(worst, least_epsilon(total, losses, delta))
@@ -150,7 +152,7 @@ def loss_masses(edges: Floats, z: float, q: float, *, removed: bool) -> Floats:
     return np.asarray(-np.diff(ndtr(point(-edges) / z)))
 
 
-def least_epsilon(mass: Floats, losses: Floats, delta: float) -> float:
+def least_epsilon(mass: Floats, losses: NDArray[np.floating], delta: float) -> float:
     low, high = 0.0, 59.0
     for _ in range(60):
         middle = (low + high) / 2

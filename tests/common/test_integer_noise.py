@@ -16,7 +16,7 @@ def exact_pmf(scale: float, most: int) -> NDArray[np.float64]:
     """Of -most .. most."""
     x = np.arange(-most, most + 1, dtype=np.float64)
     weights = np.exp(-(x**2) / (2 * scale**2))
-    return weights / weights.sum()
+    return np.asarray(weights / weights.sum())
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.5, 1.0, 1.7, 4.0, 12.5])

@@ -161,6 +161,12 @@ def test_error_ratio_is_that_of_the_matrices() -> None:
         assert error_ratio(rounds, bands) == pytest.approx(ratio)
 
 
+@pytest.mark.parametrize(("rounds", "bands"), [(1, 1), (5, 1), (6, 2), (9, 4), (4, 9)])
+def test_largest_scale_is_the_norm_of_the_last_row_of_the_inverse(rounds: int, bands: int) -> None:
+    row = np.linalg.inv(strategy_matrix(rounds, bands))[-1]
+    assert largest_scale(rounds, bands) == pytest.approx(column_norm(bands) * np.linalg.norm(row))
+
+
 def test_largest_scale_is_the_deviation_of_the_last_round() -> None:
     noise = correlated_noise(key_of, 20, bands=8, scale=1000.0, length=20_000)
     assert noise.std() == pytest.approx(1000.0 * largest_scale(20, 8), rel=0.03)

@@ -231,9 +231,11 @@ def test_without_a_mechanism_nothing_is_promised() -> None:
     assert cost.released == cost.peers == cost.server == math.inf
 
 
-@pytest.mark.parametrize("mechanism", ["none", "central", "distributed", "dp_ftrl"])
-def test_no_round_costs_nothing(mechanism: str) -> None:
-    privacy = replace(CENTRAL, mechanism=mechanism)
+@pytest.mark.parametrize(
+    "privacy",
+    [PrivacySettings(), CENTRAL, DISTRIBUTED, PrivacySettings("dp_ftrl", noise_multiplier=1.0)],
+)
+def test_no_round_costs_nothing(privacy: PrivacySettings) -> None:
     cost = spent(privacy, replace(HUNDRED, rounds=0, most=0))
     assert (cost.released, cost.peers, cost.server) == (0.0, 0.0, 0.0)
 

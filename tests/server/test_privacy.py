@@ -12,7 +12,7 @@ from fedoppu.common.accounting import gaussian_epsilon
 from fedoppu.common.config import FederationConfig, PrivacySettings, ThresholdSettings
 from fedoppu.common.errors import RoundAborted, UsageError
 from fedoppu.common.integer_noise import discrete_gaussian
-from fedoppu.common.matrix_factorization import coefficients, correlated_noise
+from fedoppu.common.matrix_factorization import correlated_noise
 from fedoppu.common.privacy import sensitivity
 from fedoppu.common.quantization import VectorLayout
 from fedoppu.common.randomness import Randomness
@@ -24,7 +24,6 @@ from fedoppu.server.privacy import (
     PrivacyMechanism,
     participation,
     privacy_of,
-    row_norm,
 )
 from tests.fake_federation import CONFIG
 
@@ -196,19 +195,6 @@ def test_correlated_noise_takes_back_what_earlier_rounds_added() -> None:
         sums += in_levels(mean, plan, 20)
     independent = 1.5 * sensitivity(PLAN) * math.sqrt(8)
     assert sums.std() < 0.8 * independent
-
-
-@pytest.mark.parametrize(("bands", "rounds"), [(1, 5), (2, 6), (4, 9), (9, 4)])
-def test_row_norm_is_that_of_the_inverse_matrix(bands: int, rounds: int) -> None:
-    column = np.zeros(rounds)
-    first = coefficients(bands) / 1024
-    column[: min(bands, rounds)] = first[: min(bands, rounds)]
-    matrix = np.array(
-        [[column[i - j] if i >= j else 0 for j in range(rounds)] for i in range(rounds)]
-    )
-    assert row_norm(bands, rounds) == pytest.approx(
-        float(np.linalg.norm(np.linalg.inv(matrix)[-1]))
-    )
 
 
 def test_noise_of_one_run_is_not_that_of_another() -> None:

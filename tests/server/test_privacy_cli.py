@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from click.testing import Result
+from typer.testing import CliRunner
 
 from fedoppu.common import accounting
 from fedoppu.server import privacy_plan
