@@ -8,6 +8,9 @@ from importlib.metadata import version
 from typing import Any
 
 from fedoppu.common.config import RunConfig, as_flat, to_yaml
+from fedoppu.common.privacy import spent
+from fedoppu.server.metrics import privacy_data
+from fedoppu.server.privacy import participation
 from fedoppu.simulations.evaluation import Arm
 from fedoppu.simulations.panels import Unit
 from fedoppu.simulations.printing import privacy_text
@@ -40,22 +43,23 @@ class FederationResult:
     @property
     def metrics(self) -> tuple[Record, ...]:
         """What metrics.jsonl holds: the rounds, and what they spent of a privacy budget."""
-        spent = self.privacy
-        return self.rounds if spent is None else (*self.rounds, spent)
+        total = self.privacy
+        return self.rounds if total is None else (*self.rounds, total)
 
     @property
     def privacy(self) -> Record | None:
         """What the whole shared phase spent, and whether its budget ended it; None without a mechanism."""
         config = self.phase.config
-        if config.privacy.mechanism == "none" or not self.rounds:
+        if config.privacy.mechanism == "none":
             return None
+        nothing = spent(config.privacy, participation(config, len(self.phase.users.base), []))
         return {
             "kind": "privacy",
             "mechanism": config.privacy.mechanism,
             "noise_multiplier": config.privacy.noise_multiplier,
             "rounds_done": len(self.rounds),
             "rounds_planned": config.rounds,
-            **self.rounds[-1]["privacy"],
+            **(self.rounds[-1]["privacy"] if self.rounds else privacy_data(nothing)),
         }
 
 
@@ -71,10 +75,10 @@ def privacy_records(results: Sequence[FederationResult]) -> list[Record]:
 def privacy_lines(results: Sequence[FederationResult]) -> list[str]:
     """The same for people, one line a federation."""
     return [
-        f"{result.phase.name}: {privacy_text(spent)} after {spent['rounds_done']} of "
-        f"{spent['rounds_planned']} rounds"
+        f"{result.phase.name}: {privacy_text(total)} after {total['rounds_done']} of "
+        f"{total['rounds_planned']} rounds"
         for result in results
-        if (spent := result.privacy) is not None
+        if (total := result.privacy) is not None
     ]
 
 
@@ -196,11 +200,11 @@ def _warnings(run: RunConfig, results: Sequence[FederationResult]) -> list[str]:
         note for task, own in users.items() if (note := control_note(run, task, len(own.target)))
     ]
     for result in results:
-        spent = result.privacy
-        if spent and spent["rounds_done"] < spent["rounds_planned"]:
+        total = result.privacy
+        if total and total["rounds_done"] < total["rounds_planned"]:
             told.append(
                 f"{result.phase.name}: the privacy budget ended the shared phase after "
-                f"{spent['rounds_done']} of {spent['rounds_planned']} rounds."
+                f"{total['rounds_done']} of {total['rounds_planned']} rounds."
             )
     if run.research.plain_updates:
         told.insert(0, "research.plain_updates was on: the server saw each update in clear.")

@@ -1,6 +1,7 @@
 """Rounds are there whole or not at all, and nothing else is taken for one."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from fedoppu.common.adapters import Adapter
 from fedoppu.common.errors import DataError, UsageError
+from fedoppu.common.privacy import PrivacySpent
 from fedoppu.common.shared_adapter import initial_shared
 from fedoppu.server.checkpoint import (
     AttemptLog,
@@ -105,6 +107,41 @@ def test_record_is_plain_and_counts_members_once() -> None:
     assert data["kind"] == "round"
     assert data["dropped"] == 2
     assert RoundRecord.from_data(data) == record
+
+
+SPENT = PrivacySpent(3, 1e-5, 2.5, math.inf, "add_remove", 4.0)
+
+
+def test_record_without_a_mechanism_says_nothing_of_privacy() -> None:
+    assert "privacy" not in checkpoint(1).record.as_data()
+
+
+@pytest.mark.parametrize("server", [math.inf, 7.5])
+def test_what_was_spent_is_plain_and_comes_back(server: float) -> None:
+    record = replace(checkpoint(1).record, privacy=replace(SPENT, server=server))
+    text = json.dumps(record.as_data(), allow_nan=False)
+    assert json.loads(text)["privacy"]["server"] == (None if server == math.inf else server)
+    assert RoundRecord.from_data(json.loads(text)) == record
+
+
+def test_published_record_neither_names_nor_counts_members() -> None:
+    record = replace(checkpoint(1).record, privacy=SPENT)
+    published = record.published()
+    data = json.loads(json.dumps(published.as_data()))
+    counted = ("cohort", "survivors", "drops", "dropped", "liars", "aborted", "attempt")
+    assert [data[name] for name in (*counted, "bytes_up", "bytes_down")] == [None] * 9
+    assert data["privacy"]["rounds"] == 3
+    assert published.dropped is None
+    assert RoundRecord.from_data(data) == published
+
+
+def test_private_record_is_whole_and_for_the_operator_alone(tmp_path: Path) -> None:
+    record = replace(checkpoint(1).record, privacy=SPENT)
+    store(tmp_path).keep_private(record)
+    assert (tmp_path / "private").stat().st_mode & 0o077 == 0
+    data = json.loads((tmp_path / "private" / "0001.json").read_bytes())
+    assert RoundRecord.from_data(data) == record
+    assert store(tmp_path).rounds() == ()
 
 
 def test_timing_has_a_row_for_each_stage() -> None:

@@ -1,15 +1,25 @@
 """Cohorts: pure functions of root, round and attempt, over members alone."""
 
 from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedoppu.common.config import PrivacySettings
 from fedoppu.common.errors import UsageError
 from fedoppu.common.randomness import Randomness
-from fedoppu.server.cohort import CohortSampler, PoissonSampler, UniformSampler
+from fedoppu.server.cohort import (
+    CohortSampler,
+    CyclicSampler,
+    PoissonSampler,
+    UniformSampler,
+    sampler_of,
+)
+from tests.fake_federation import CONFIG
 
 ROOT = Randomness.from_seed(1)
 MEMBERS = st.sets(st.integers(0, 500), max_size=40)
@@ -65,3 +75,48 @@ def test_cohort_of_none_is_a_usage_error() -> None:
 def test_rate_that_cannot_be_is_a_usage_error(rate: float) -> None:
     with pytest.raises(UsageError, match="the rate must be above 0 and at most 1"):
         PoissonSampler(rate)
+
+
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(2, 60), st.integers(0, 2))
+def test_nobody_is_asked_again_before_its_turn(
+    separation: int, size: int, members: int, attempt: int
+) -> None:
+    sampler, last = CyclicSampler(size, separation), dict[int, int]()
+    for number in range(1, 3 * separation + 2):
+        for member in sampler.sample(ROOT, range(members), round=number, attempt=attempt):
+            assert number - last.get(member, -separation) >= separation
+            last[member] = number
+
+
+def test_groups_are_nearly_equal_and_not_who_enrolled_when() -> None:
+    sampler = CyclicSampler(100, 4)
+    groups = [sampler.sample(ROOT, range(42), round=number, attempt=0) for number in (1, 2, 3, 4)]
+    assert sorted(member for group in groups for member in group) == list(range(42))
+    assert {len(group) for group in groups} == {10, 11}
+    assert groups[0] != tuple(range(0, 42, 4))
+    again = [sampler.sample(ROOT, range(42), round=number, attempt=0) for number in (5, 6, 7, 8)]
+    assert again == groups
+
+
+def test_group_is_that_of_the_member_whoever_else_may_be_asked() -> None:
+    sampler = CyclicSampler(100, 4)
+    whole = sampler.sample(ROOT, range(42), round=2, attempt=0)
+    fewer = sampler.sample(ROOT, range(10, 30), round=2, attempt=1)
+    assert fewer == tuple(member for member in whole if 10 <= member < 30)
+
+
+@pytest.mark.parametrize(("size", "separation"), [(0, 2), (2, 0)])
+def test_cyclic_sampler_needs_both_sizes(size: int, separation: int) -> None:
+    with pytest.raises(UsageError, match="cohort and separation must be at least 1"):
+        CyclicSampler(size, separation)
+
+
+def test_sampler_is_the_one_that_the_privacy_of_a_config_assumes() -> None:
+    def of(*settings: Any, **changes: Any) -> CohortSampler:
+        privacy = PrivacySettings(*settings, **changes)
+        return sampler_of(replace(CONFIG, privacy=privacy), 20)
+
+    assert of() == UniformSampler(5)
+    assert of("central", 1.0, sampling="poisson") == PoissonSampler(0.25)
+    assert of("central", 1.0) == UniformSampler(5)
+    assert of("dp_ftrl", 1.0, separation=3) == CyclicSampler(5, 3)

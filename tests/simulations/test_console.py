@@ -29,6 +29,34 @@ def test_a_round_without_a_loss_says_so(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err.endswith("held-out loss -\n")
 
 
+SPENT = {
+    "rounds": 2,
+    "delta": 1.0029e-05,
+    "released": 2.3449,
+    "server": None,
+    "adjacency": "add_remove",
+    "peers": 12.0,
+}
+
+
+def test_a_private_round_says_what_is_spent_and_against_whom(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console = Console(progress=True, table=True)
+    console.round_done(RECORD | {"held_out_loss": None, "privacy": SPENT}, 12)
+    assert capsys.readouterr().err.endswith(
+        "down 1.5 kB  epsilon 2.35 (members 12, server no bound; delta 1e-05, add or remove one user)\n"
+    )
+
+
+def test_a_cohort_that_is_not_published_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    hidden = dict.fromkeys(("cohort", "survivors", "dropped", "bytes_up", "bytes_down"))
+    Console(progress=True, table=True).round_done(RECORD | hidden | {"privacy": SPENT}, 12)
+    assert capsys.readouterr().err == (
+        "  round   2/12  epsilon 2.35 (members 12, server no bound; delta 1e-05, add or remove one user)\n"
+    )
+
+
 def test_steps_pass_results_on_and_say_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(Console(progress=True, table=True).steps("groups", "ab", 2)) == ["a", "b"]
     first, last = capsys.readouterr().err.splitlines()

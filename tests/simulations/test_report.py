@@ -211,6 +211,18 @@ def test_updates_in_clear_take_the_promise_back() -> None:
     assert any("masked vector" in line for line in guaranteed(data()))
 
 
+def test_a_private_report_says_what_was_spent_and_who_can_take_the_noise_off() -> None:
+    rounds = [RoundPoint("f", number, None, None, None, None, None) for number in (1, 2)]
+    page = render(data(rounds=rounds, privacy=["f: epsilon 7.05 after 2 of 2 rounds"]))
+    assert "f: epsilon 7.05 after 2 of 2 rounds" in page
+    assert "whoever knows the seed can take it off again" in page
+    assert "No differential privacy" not in page
+    assert "the mean held-out loss, and who took part" not in page
+    assert page.count("<td>-</td>") >= 6  # nothing that counts the cohort
+    assert "None" not in page
+    assert not re.search(r"\bnan\b", page)
+
+
 def test_a_report_without_rounds_users_or_a_table_is_still_a_page() -> None:
     empty = ReportData(Table(()), "", "fedoppu simulate")
     page = render(empty)

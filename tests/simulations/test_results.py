@@ -10,7 +10,14 @@ from fedoppu.client.model import resolve_base
 from fedoppu.common.config import RunConfig, load_run_config
 from fedoppu.common.defaults import federation
 from fedoppu.simulations.evaluation import Arm
-from fedoppu.simulations.results import FederationResult, command_line, named, report_data
+from fedoppu.simulations.results import (
+    FederationResult,
+    command_line,
+    named,
+    privacy_lines,
+    privacy_records,
+    report_data,
+)
 from fedoppu.simulations.scores import UserScores
 from fedoppu.simulations.shared import SharedPhase
 from fedoppu.simulations.table import Table
@@ -102,3 +109,64 @@ def test_clear_updates_are_a_warning_in_the_report() -> None:
     data = report_data(run, Table(()), [result(run, GENERATED)])
     assert data.plain_updates
     assert "the server saw each update in clear" in data.warnings[0]
+
+
+# --- differential privacy ------------------------------------------------------------------------
+
+PRIVACY = {
+    "rounds": 1,
+    "delta": 1e-5,
+    "released": 4.3772,
+    "server": None,
+    "adjacency": "zero_out",
+    "peers": 4.3772,
+}
+PRIVATE = ["privacy.mechanism=central", "privacy.epsilon=5", "privacy.noise_multiplier=1"]
+
+
+def private(rounds: int) -> tuple[RunConfig, FederationResult]:
+    run = load_run_config([*PRIVATE, "cohort=3", "rounds=2"])
+    own = result(run, GENERATED)
+    return run, replace(own, rounds=(ROUND | {"privacy": PRIVACY},) * rounds)
+
+
+def test_a_run_without_a_mechanism_has_no_line_of_privacy() -> None:
+    own = result(RunConfig(), GENERATED)
+    assert (own.privacy, own.metrics) == (None, own.rounds)
+    assert (privacy_lines([own]), privacy_records([own])) == ([], [])
+
+
+def test_what_a_federation_spent_is_its_last_line_of_metrics() -> None:
+    _, own = private(1)
+    (record,) = privacy_records([own])
+    assert record == named(own, own.metrics)[-1]
+    assert (record["kind"], record["rounds_done"], record["rounds_planned"]) == ("privacy", 1, 2)
+    assert (record["released"], record["server"], record["noise_multiplier"]) == (4.3772, None, 1.0)
+    assert privacy_lines([own]) == [
+        "LaMP_3 k=0 profile=none seed=0: epsilon 4.38 (members 4.38, server no bound; delta 1e-05, "
+        "zero out one user) after 1 of 2 rounds"
+    ]
+
+
+def test_a_budget_that_ended_the_rounds_is_a_warning_in_the_report() -> None:
+    run, own = private(1)
+    data = report_data(run, Table(()), [own])
+    assert data.privacy == privacy_lines([own])
+    assert "the privacy budget ended the shared phase after 1 of 2 rounds." in data.warnings[-1]
+    run, whole = private(2)
+    assert not any("budget" in text for text in report_data(run, Table(()), [whole]).warnings)
+
+
+def test_a_budget_that_allows_no_round_has_spent_nothing() -> None:
+    _, own = private(0)
+    (record,) = privacy_records([own])
+    assert (record["rounds_done"], record["released"], record["server"]) == (0, 0.0, 0.0)
+    assert "epsilon 0 (members 0, server 0;" in privacy_lines([own])[0]
+
+
+def test_a_cohort_that_is_not_published_is_not_counted_in_the_report() -> None:
+    run, own = private(1)
+    hidden = dict.fromkeys(("cohort", "dropped", "bytes_up", "bytes_down"))
+    own = replace(own, rounds=(own.rounds[0] | hidden,))
+    (point,) = report_data(run, Table(()), [own]).rounds
+    assert (point.asked, point.dropped, point.bytes_up, point.bytes_down) == (None,) * 4
