@@ -2,7 +2,8 @@
 
 Guarantee: whoever pins a roster's hash accepts signatures of its members alone, so a server cannot
 slip in a stranger or another key for a member. Not covered: who is enrolled. A roster that the
-server alone fills can be full of its own members (Sybils), and no protocol mends that.
+server alone fills can be full of its own members (Sybils), and no protocol mends that. How a
+roster changes is in common/epochs.py.
 """
 
 import hashlib

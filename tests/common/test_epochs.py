@@ -1,5 +1,7 @@
 """Roster epochs: what follows what, and that nothing else does."""
 
+import hashlib
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -77,6 +79,38 @@ def test_hash_covers_everything_but_the_signatures() -> None:
     others = [replace(SECOND, **change).digest for change in changes]
     assert len({SECOND.digest, *others}) == 7
     assert replace(SECOND, signature=bytes(64), countersignatures={}).digest == SECOND.digest
+
+
+def _encoded(*parts: str | int | bytes) -> bytes:
+    """Each part by its type, the length of its value in four bytes, and its value."""
+    encoded = b""
+    for part in parts:
+        tag = {str: b"s", int: b"i", bytes: b"b"}[type(part)]
+        value = part if isinstance(part, bytes) else str(part).encode()
+        encoded += tag + struct.pack(">I", len(value)) + value
+    return encoded
+
+
+def test_hash_and_signatures_of_an_epoch_are_these_published_values() -> None:
+    """Test vectors: the authority's key is SHA-256 of "authority", member i's of "identity i"."""
+    first = founded(2)
+    second = proposed(first, add=1, revoked={0})  # run abab..., first round 4
+    one, two, three = (person(index).enrolled.identity for index in range(3))
+    canonical = _encoded(
+        *("fedoppu roster epoch", 1, first.digest, first.authority, "ab" * 16, 4),
+        *(0, one, 0, 1),
+        *(1, two, 0, 0),
+        *(2, three, 1, 0),
+    )
+    assert second.digest == hashlib.sha256(canonical).digest()
+    assert first.digest.hex() == "73ebb5f4c606d58d16b0ddfb7697f8ed5c50f4646bb495e113e740567ce62bd6"
+    assert second.digest.hex() == "6be3d22da19ae701723fe4e629cf567aacffeff06f73d863a0eb6c3262102155"
+    signed = AUTHORITY.sign(_encoded("fedoppu roster authority", 1, second.digest))
+    assert second.signature == signed
+    assert signed.hex().startswith("c3aeaf2d80cb75e8028ef803e781e1a1")
+    assert countersign(second, person(1)) == person(1).sign(
+        _encoded("fedoppu roster countersignature", 1, second.digest)
+    )
 
 
 @pytest.mark.parametrize(
