@@ -212,8 +212,9 @@ class ClientPolicy:
     def check_sealed(self, plan: RoundPlan) -> None:
         """What of a two-server plan takes the place of cohort and survivor set, which are not shown.
 
-        `check_plan` holds for it too. That the helper keeps to the plan's least set is its
-        operator's word: this mode needs one honest of the two.
+        `check_plan` holds for it too. As nobody shows this client the set, all young members of the
+        roster may be in it. That the helper keeps to the plan's least set is its operator's word:
+        this mode needs one honest of the two.
 
         Raises:
             RefusedByPolicy: The helper may answer for fewer than the floor of honest members, or
