@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedoppu.client.app import build_client_app, place
+from fedoppu.client.app import MAX_REASON, build_client_app, place
 from fedoppu.client.handler import Handler, MemberRuntime
 from fedoppu.client.jobs import ClientFailure
 from fedoppu.client.seat import Seat
@@ -356,6 +356,20 @@ def plain_request(made: Federation) -> RecordDict:
     model = SPEC.flatten(made.runtime.initial.tensors, ("B",))
     event = RoundOpened(plan_for(made))
     return write_request(PlainTraining(event, made.config.canonical(), model))
+
+
+def test_error_line_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(self: Handler, stage: str, content: RecordDict) -> RecordDict:
+        raise ProtocolError("the server sent " + "x" * 5000)
+
+    monkeypatch.setattr(Handler, "answer", answer)
+    made = federation(tmp_path)
+    reason = refusal(ask(made, "query.keys", opening(made)))
+    assert len(reason) == MAX_REASON == 300
+    assert reason.startswith("ProtocolError: the server sent xxx")
+    (sent,) = made.users.outbox(0).sent
+    assert sent.size == 300
+    assert len(made.users.failures[0]) > 5000  # this side keeps it whole
 
 
 def test_simulated_drop_has_a_code_of_its_own(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedoppu.common.errors import UsageError
 from fedoppu.common.masking import add_masks
+from fedoppu.common.rounds import Words
 from fedoppu.common.two_server import (
     HelperKeys,
     MaskSum,
@@ -106,7 +107,7 @@ def test_mask_depends_on_seed_round_and_member() -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
 def test_masked_words_are_uniform_and_bare_ones_are_not(dtype: type) -> None:
-    words = np.full(1 << 16, 255, dtype)
+    words: Words = np.full(1 << 16, 255, dtype)
     assert unevenness(words) > 100
     add_masks(words, [seed_mask(SEED, CONTEXT, 3)])
     assert abs(unevenness(words)) < 6

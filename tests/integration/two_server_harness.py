@@ -52,11 +52,15 @@ class TwoServers:
         """The plan of an attempt; each round has a model of its own."""
         limits = plan_thresholds(self.n, self.settings, graph=False)
         plan = make_plan(self.n, self.roster, settings=self.settings, num_params=self.num_params)
-        bits = {"word_bits": 16, "level_bits": 8} if self.narrow else {}
+        word_bits, level_bits = (16, 8) if self.narrow else (32, 16)
         return replace(
             plan,
-            **vars(limits),
-            **bits,
+            threshold=limits.threshold,
+            neighbours=limits.neighbours,
+            min_cohort=limits.min_cohort,
+            max_drops=limits.max_drops,
+            word_bits=word_bits,
+            level_bits=level_bits,
             config_hash=self.config.hash().hex(),
             hybrid=self.hybrid,
             run_id=run_id,

@@ -226,6 +226,7 @@ def test_drops_come_after_training_at_their_rate_and_are_the_same_for_a_seed(
     assert sum(map(len, by_stage)) == pytest.approx(80, abs=25)
     assert all(len(each) > 10 for each in by_stage)
     assert dropping("train.plain", 1) == sorted(m for each in by_stage for m in each)
+    assert dropping("train.sealed", 1) == dropping("train.plain", 1)
     assert dropping("train.masked", 2) != by_stage[0]
 
 
