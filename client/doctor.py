@@ -25,6 +25,7 @@ WANTED = {
     "scipy": ("fedoppu simulate", "sim"),
     "rouge-score": ("fedoppu simulate", "sim"),
     "matplotlib": ("report.html", "sim"),
+    "dp-accounting": ("exact epsilons of sampled cohorts", "dp"),
     "ray": ("engine=flower", "flower"),
 }
 LEAST_MEMORY = 4e9

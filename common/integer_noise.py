@@ -32,8 +32,8 @@ def discrete_gaussian(key: bytes, scale: float, length: int) -> NDArray[np.int64
 
     Args:
         key: 32 bytes, used for nothing else; the samples are a function of it, driven by AES-256-CTR.
-        scale: Standard deviation parameter, levels, 0 to 2^40. The true standard deviation is a little less, and equal
-            to 1e-8 from a scale of 1 on.
+        scale: Standard deviation parameter, levels, 0 to 2^40. The true standard deviation is a little less: by 2 %
+            at a scale of 0.3, by less than 1e-6 from 1 on.
         length: Number of samples.
 
     Returns:

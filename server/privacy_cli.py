@@ -162,7 +162,13 @@ def _epsilons(federation: Federation, answer: PrivacyPlan) -> Iterator[str]:
     yield _epsilon("  members", spent.peers, "who also sees the cohorts", "zero_out")
     yield _epsilon("  server", spent.server, "who also sees each sum as sent", "zero_out")
     if answer.affordable_rounds < federation.rounds:
-        yield _line("stops", f"after round {answer.affordable_rounds:,}: the budget ends there")
+        last = answer.affordable_rounds
+        yield _line(
+            "stops",
+            f"after round {last:,}"
+            if last
+            else "before the first round: one costs more than the budget",
+        )
     if spent.delta > privacy.delta:
         share = spent.delta - privacy.delta
         floor = federation.thresholds.floor + federation.thresholds.corrupt
