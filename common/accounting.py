@@ -10,9 +10,9 @@ Gaussian density of the noise's scale, moved by a. By Poisson's summation it is 
 and largest at integers. The moment generating function of the discrete Gaussian at s is the Gaussian's times
 theta(s scale^2) / theta(0). So for queries of integers every Renyi divergence is at most the Gaussian's (Canonne et al.
 2020, proposition 5), and the moment that it comes from is within a factor 1 +- 4 exp(-2 pi^2 scale^2); with Poisson
-sampling the same holds at integer orders, where the divergence is a sum of such moments. The Renyi bounds below hold for
-the discrete noise as they stand. The loss itself lives on a lattice, which shows most in one dimension and one round:
-there epsilon differs by at most 1e-3 at a scale of 16 and 1e-4 at 50 (tests/common/test_accounting.py);
+sampling the same holds at integer orders, where the divergence is a sum of such moments. The Renyi bounds below hold
+for the discrete noise as they stand. The loss itself lives on a lattice, which shows most in one dimension and one
+round: there epsilon differs by at most 1e-3 at a scale of 16 and 1e-4 at 50 (tests/common/test_accounting.py);
 `require_scales` in privacy.py refuses less than 16, and a run's noise has thousands of levels and of dimensions.
 """
 
