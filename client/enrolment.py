@@ -287,6 +287,10 @@ def restored(
     index: the same history stands behind the vectors of both. Call it once for each federation
     that the owner ever joined, before the new vault's first round.
 
+    A member is unmasked at most once a round, so a round is charged once, whatever its attempts.
+    Not covered: a server that broke the thresholds of its config. It may have cost the lost vault
+    more, but no more than that one's budget allowed.
+
     Args:
         ledger: Of the new vault.
         config: Of the federation.
@@ -325,7 +329,11 @@ def _least_multiplier(config: FederationConfig, corrupt: int) -> float:
 
 
 def _honest_share(config: FederationConfig, corrupt: int) -> float:
-    """Share of the promised variance that is surely there in the smallest cohort there may be."""
+    """Share of the promised variance that is surely there, in whatever cohort there was.
+
+    Of a smallest cohort of m, m - corrupt add noise where m - assumed were counted on. If more are
+    corrupt than assumed, that is least for the least m; if fewer are, it tends to 1 from above.
+    """
     floor, assumed = config.thresholds.floor, config.thresholds.corrupt
     if floor + assumed <= corrupt:
         raise RefusedByPolicy(
@@ -333,4 +341,4 @@ def _honest_share(config: FederationConfig, corrupt: int) -> float:
             "are corrupt",
             hint="lower the ledger's corrupt, or give the new vault no budget to keep",
         )
-    return (floor + assumed - corrupt) / floor
+    return min(1.0, (floor + assumed - corrupt) / floor)

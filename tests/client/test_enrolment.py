@@ -13,6 +13,7 @@ from fedoppu.client.enrolment import Enrolment, Link, follow, for_epoch, restore
 from fedoppu.client.ledger import PrivacyBudget, VaultLedger
 from fedoppu.client.policy import ClientPolicy, LastRound
 from fedoppu.common.accounting import gaussian_epsilon
+from fedoppu.common.agreed import agreed_noise
 from fedoppu.common.config import PrivacySettings, ThresholdSettings
 from fedoppu.common.epochs import RosterEpoch, collect, propose
 from fedoppu.common.errors import FedoppuError, ProtocolError, RefusedByPolicy
@@ -395,14 +396,23 @@ def test_restored_vault_is_charged_for_every_round(
     assert ledger.epsilon(1e-5) == pytest.approx(both, rel=1e-6)
 
 
-def test_restored_charge_is_no_less_than_what_the_lost_vault_was_charged() -> None:
-    config = private("central")
-    plan = make_plan(20, FIRST.roster)
-    lost, new = VaultLedger(Store(), corrupt=8), VaultLedger(Store(), corrupt=8)
-    for number in range(1, 8):
-        lost.charge(replace(plan, round=number), config)
-    restored(new, config, rounds=7)
-    assert new.epsilon(1e-5) >= lost.epsilon(1e-5) * (1 - 1e-9)
+@given(
+    mechanism=st.sampled_from(["central", "distributed"]),
+    corrupt=st.integers(0, 12),
+    cohorts=st.lists(st.integers(20, 60), min_size=1, max_size=5),
+)
+@settings(max_examples=40)
+def test_restored_charge_is_no_less_than_what_the_lost_vault_was_charged(
+    mechanism: str, corrupt: int, cohorts: list[int]
+) -> None:
+    """Whatever the cohorts were, and however many more or fewer the owner assumes corrupt."""
+    config, plan = private(mechanism), make_plan(20, FIRST.roster)
+    lost, new = VaultLedger(Store(), corrupt=corrupt), VaultLedger(Store(), corrupt=corrupt)
+    for number, least in enumerate(cohorts, 1):
+        asked = replace(plan, round=number, min_cohort=least)
+        lost.charge(replace(asked, noise_scale=agreed_noise(config, asked)), config)
+    restored(new, config, rounds=len(cohorts))
+    assert new.epsilon(1e-5) >= lost.epsilon(1e-5) * (1 - 1e-6)
 
 
 def test_restored_vault_of_a_spent_budget_takes_no_part() -> None:
