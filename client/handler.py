@@ -347,8 +347,8 @@ class Handler:
         _require_mode(config, "two_server")
         self._admit_sealed(plan, config, request.config)
         helper = _helper(config)
-        update = self._update(plan, config, request.model)
         self._drop(SEALED, plan)
+        update = self._update(plan, config, request.model)
         words = self._release(update, plan, config)
         runtime = self.runtime
         sealed = seal_update(words, plan, runtime.identity, helper=helper, keys=runtime.keys)

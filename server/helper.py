@@ -17,6 +17,7 @@ than it masked with spoils the sum, as it could with any vector.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from threading import Lock
 from typing import Protocol
 
@@ -27,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
 
+from fedoppu.common.commit import commit_file
 from fedoppu.common.config import FederationConfig, require
 from fedoppu.common.errors import ProtocolError, RefusedByPolicy, UsageError
 from fedoppu.common.masking import KEY_BYTES, add_masks
@@ -326,6 +328,21 @@ class HelperService:
         self._helper = helper
         self._save = save
         self._lock = Lock()
+
+    @classmethod
+    def stored(cls, helper: Helper, path: Path) -> "HelperService":
+        """A service whose memory is a file; without that file a round could be answered twice.
+
+        Args:
+            helper: The role, fresh.
+            path: Of the file; there is none before the first answer.
+
+        Raises:
+            DataError: The file was changed.
+        """
+        if path.exists():
+            helper.restore(path.read_bytes())
+        return cls(helper, lambda dump: commit_file(path, dump))
 
     def ask(self, request: MaskSumRequest) -> MaskSum:
         """The helper's answer; see `Helper.answer`."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from threading import Thread
 
 import pytest
 from hypothesis import given, settings
@@ -290,6 +292,39 @@ def test_service_stores_the_set_before_it_tells_the_sum() -> None:
     HelperService(made.helper, saved.append).ask(claims(made, SET))
     assert saved == [made.helper.dump()]
     assert made.plan.model_hash.encode() in saved[0]
+
+
+def test_service_remembers_in_a_file_over_restarts(tmp_path: Path) -> None:
+    made, path = TwoServers(), tmp_path / "helper.json"
+    request = claims(made, SET)
+    first = HelperService.stored(made.helper, path).ask(request)
+    again = HelperService.stored(made.new_helper(), path)
+    assert pack(write_mask_sum(again.ask(request))) == pack(write_mask_sum(first))
+    with pytest.raises(ProtocolError, match="round 1 was answered for another set"):
+        again.ask(claims(made, [0, 1, 2]))
+    path.write_text("{}")
+    with pytest.raises(DataError, match="stored state is not"):
+        HelperService.stored(made.new_helper(), path)
+
+
+def test_two_requests_at_once_get_one_answer() -> None:
+    made = TwoServers()
+    service = HelperService(made.helper, save=lambda dump: None)
+    requests = [claims(made, SET), claims(made, [0, 1, 2])]
+    answers: list[object] = []
+
+    def ask(request: MaskSumRequest) -> None:
+        try:
+            answers.append(service.ask(request).survivors)
+        except ProtocolError as error:
+            answers.append(error)
+
+    threads = [Thread(target=ask, args=(request,)) for request in requests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(isinstance(each, tuple) for each in answers) == 1
 
 
 def test_service_that_cannot_store_tells_nothing() -> None:
