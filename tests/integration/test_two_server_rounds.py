@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 
 from fedoppu.client.jobs import LocalUpdate
 from fedoppu.client.release import release
-from fedoppu.common.config import FederationConfig, ResearchSettings, SecAggSettings
+from fedoppu.common.config import (
+    FederationConfig,
+    PrivacySettings,
+    ResearchSettings,
+    SecAggSettings,
+)
 from fedoppu.common.errors import ConnectionFailed, ProtocolError, RoundAborted, UsageError
 from fedoppu.common.messages import pack, write_mask_request, write_mask_sum
 from fedoppu.common.quantization import decode_sum
@@ -383,6 +388,27 @@ def spoil_seeds(monkeypatch: pytest.MonkeyPatch, members: set[int]) -> None:
         return real(self, seed, context, member + 100 if member in members else member)
 
     monkeypatch.setattr(HelperKeys, "seal_seed", seal)
+
+
+# --- differential privacy -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mechanism", ["central", "distributed", "dp_ftrl"])
+def test_noise_and_charges_are_those_of_the_graph_mode(tmp_path: Path, mechanism: Any) -> None:
+    shared = replace(CONFIG.shared, max_weight=1)
+    settings = PrivacySettings(mechanism, noise_multiplier=1.0)
+    graph = replace(CONFIG, cohort=8, shared=shared, privacy=settings)
+    ours, theirs = (
+        federation(tmp_path / config.secagg.mode, config) for config in (two_server(graph), graph)
+    )
+    for made in (ours, theirs):
+        made.run()
+    assert len(ours.records) == len(theirs.records) == 2
+    assert [r.privacy for r in ours.records] == [r.privacy for r in theirs.records]
+    assert ours.records[-1].privacy is not None
+    charges = [made.runtime.charges.all(committed=2) for made in (ours, theirs)]
+    assert len(charges[0]) == len(charges[1]) == 2
+    assert ours.records[0].weight is None
 
 
 # --- the wire -------------------------------------------------------------------------------------
