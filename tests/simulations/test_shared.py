@@ -8,9 +8,10 @@ import pytest
 
 from fedoppu.client.jobs import ClientFailure, LocalUpdate
 from fedoppu.client.model import resolve_base
+from fedoppu.common.accounting import gaussian_epsilon
 from fedoppu.common.config import load_run_config
 from fedoppu.common.defaults import federation, personal_settings
-from fedoppu.common.errors import BaseModelError, ClientFailed, RoundAborted
+from fedoppu.common.errors import BaseModelError, ClientFailed, RoundAborted, UsageError
 from fedoppu.common.rounds import RoundPlan
 from fedoppu.simulations.console import Console
 from fedoppu.simulations.executors import GroupExecutor
@@ -113,3 +114,40 @@ def test_targets_that_the_base_lacks_are_refused_for_either_adapter(tmp_path: Pa
     shared = replace(own.config.shared, adapter=wrong.adapter)
     with pytest.raises(BaseModelError, match="no target module c_attn"):
         SharedPhase.check(replace(own.config, shared=shared), own.base, personal)
+
+
+# --- differential privacy ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mechanism", ["central", "distributed", "dp_ftrl"])
+def test_private_rounds_end_with_the_budget_and_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mechanism: str
+) -> None:
+    own = phase(
+        tmp_path,
+        *("rounds=5", f"privacy.mechanism={mechanism}", "privacy.noise_multiplier=2"),
+        "privacy.epsilon=3",
+    )
+    adapter, records, _ = train(own)
+    done = len(records)
+    assert gaussian_epsilon(2.0, done, 1e-5) <= 3 < gaussian_epsilon(2.0, done + 1, 1e-5)
+    assert adapter.digest() == records[-1]["model_hash"]
+    err = capsys.readouterr().err
+    assert f"{own.name}: stopped after round {done} of 5: one more would exceed" in err
+
+
+def test_noise_is_checked_before_users_are_there(tmp_path: Path) -> None:
+    changes = ["privacy.mechanism=central", "privacy.noise_multiplier=1"]
+    own = phase(tmp_path, *changes)
+    SharedPhase.check_noise(own.config, own.base, 6)
+    SharedPhase.check_noise(phase(tmp_path).config, own.base, 6)
+    narrow = phase(
+        tmp_path,
+        "privacy.mechanism=central",
+        "privacy.noise_multiplier=40",
+        "encoding.word_bits=16",
+        "encoding.level_bits=8",
+    )
+    with pytest.raises(UsageError, match="overflow 16-bit words") as error:
+        SharedPhase.check_noise(narrow.config, own.base, 6)
+    assert "lower privacy.noise_multiplier" in error.value.hint
