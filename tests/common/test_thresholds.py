@@ -169,3 +169,12 @@ def test_cohort_below_the_floor_is_refused_with_a_remedy() -> None:
 
 def test_drop_share_is_read_as_the_decimal_that_was_written() -> None:
     assert [allowed_drops(10, share) for share in (0.3, 0.1, 0.7)] == [3, 1, 7]
+
+
+@pytest.mark.parametrize(("n", "drops"), [(2, 0), (5, 1), (18, 5), (1000, 300)])
+def test_without_a_graph_only_floors_and_drops_say_something(n: int, drops: int) -> None:
+    found = plan_thresholds(n, ThresholdSettings(max_drop=0.3), graph=False)
+    assert (found.neighbours, found.threshold) == (1, 1)
+    assert (found.max_drops, found.min_cohort) == (drops, n - drops)
+    with pytest.raises(UsageError, match=r"a cohort needs thresholds\.floor"):
+        plan_thresholds(n, ThresholdSettings(floor=n, corrupt=1), graph=False)
