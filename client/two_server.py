@@ -14,6 +14,7 @@ from fedoppu.common.masking import add_masks
 from fedoppu.common.quantization import require_no_overflow
 from fedoppu.common.rounds import RoundPlan, Words
 from fedoppu.common.signing import Identity
+from fedoppu.common.thresholds import allowed_drops
 from fedoppu.common.two_server import (
     SALT_BYTES,
     SEED_BYTES,
@@ -40,8 +41,15 @@ def require_sealed_plan(plan: RoundPlan, policy: ClientPolicy, last: LastRound) 
             f"a two-server plan has neighbours and threshold 1, got {plan.neighbours} and "
             f"{plan.threshold}"
         )
+    asked = plan.min_cohort + plan.max_drops
+    most = allowed_drops(asked, policy.max_drop)
+    if plan.max_drops > most:
+        raise RefusedByPolicy(
+            f"{plan.max_drops} of the {asked} members that the plan asks may be missing, this "
+            f"client allows {most}: a server could choose the drops"
+        )
     try:
-        require_no_overflow(plan, plan.min_cohort + plan.max_drops)
+        require_no_overflow(plan, asked)
     except UsageError as error:  # of a plan that came from a server
         raise RefusedByPolicy(str(error), hint=error.hint) from None
 
