@@ -90,7 +90,7 @@ def test_floor_holds_for_the_least_set_that_the_helper_may_take() -> None:
 def test_more_drops_than_the_policy_allows_are_refused() -> None:
     made = TwoServers(n=40)
     policy = ClientPolicy(floor=10, corrupt=1, max_drop=0.3)
-    with pytest.raises(RefusedByPolicy, match="20 of the 40 members .* this client allows 12"):
+    with pytest.raises(RefusedByPolicy, match=r"20 of the 40 members .* this client allows 12"):
         require_sealed_plan(made.plan, policy, LAST)
     require_sealed_plan(replace(made.plan, min_cohort=28, max_drops=12), policy, LAST)
 
