@@ -283,7 +283,7 @@ def changed_on_the_way(event: ClientEvent) -> ClientEvent:
         case Advert():
             return replace(event, mask_key=b"\x11" * 32)
         case ShareBundle():
-            swapped = dict(zip(event.packages, reversed(event.packages.values()), strict=True))
+            swapped = dict(zip(event.packages, list(event.packages.values())[::-1], strict=True))
             return replace(event, packages=swapped)
         case MaskedUpdate():
             return replace(event, words=event.words + np.uint32(1))

@@ -119,11 +119,18 @@ def test_weight_and_metrics_travel_inside_the_masked_vector_alone() -> None:
     assert seen[LOSS] / LOSS_LEVELS * LOSS_MAX == pytest.approx(3.0, abs=1e-3)
 
 
+def added(words: list[Words]) -> Words:
+    total = np.zeros_like(words[0])
+    for each in words:
+        total += each
+    return total
+
+
 def loss_of_few(floor: int | None) -> float | None:
     """The loss that a round publishes in which one of five members has one."""
     plan = World(5, num_params=8).plan()
     words = [released(plan, member, loss=2.5 if member == 3 else None) for member in range(5)]
-    total = np.sum(words, axis=0, dtype=words[0].dtype)
+    total = added(words)
     return decode_sum(total, plan, range(5), floor=floor).held_out_loss
 
 
@@ -144,7 +151,7 @@ def error_after(rounds: int, start: float, *, adapts: bool) -> float:
         plan = replace(plan, round=round_)
         updates = [LocalUpdate(plan.context, v, plan.max_weight, None) for v in vectors]
         words = [release(u, plan, Randomness.from_seed(m)) for m, u in enumerate(updates)]
-        decoded = decode_sum(np.sum(words, axis=0, dtype=words[0].dtype), plan, range(n))
+        decoded = decode_sum(added(words), plan, range(n))
         mean = decoded.mean_update.astype(np.float64)
         if adapts and round_ < rounds:
             share = decoded.clipped / (n * 2048)

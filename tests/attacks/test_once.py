@@ -152,7 +152,7 @@ def nearly(learned: Updates, true: Updates) -> bool:
     return bool(np.abs(learned - true).max() < 1e-3)
 
 
-def two_rounds(policy: ClientPolicy = SIMULATION, **second: object) -> tuple[Updates, Updates]:
+def two_rounds(policy: ClientPolicy = SIMULATION, **second: Any) -> tuple[Updates, Updates]:
     """Two rounds with one model, the second one without the victim."""
     members = devices(5, policy=policy)
     plan = plan_for(members)
@@ -165,7 +165,7 @@ def two_rounds(policy: ClientPolicy = SIMULATION, **second: object) -> tuple[Upd
     ("second", "where"),
     [({"run_id": "cd" * 16}, "in another run"), ({"round": 2}, "in round 1 of this run")],
 )
-def test_second_run_or_round_with_the_same_model(second: dict[str, object], where: str) -> None:
+def test_second_run_or_round_with_the_same_model(second: dict[str, Any], where: str) -> None:
     with pytest.raises(RefusedByPolicy, match=f"this client answered for task LaMP_3 .* {where}"):
         two_rounds(**second)
     with without("one round for a model"):

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from fedoppu.client.jobs import LocalUpdate
 from fedoppu.client.policy import ClientPolicy, LastRound
 from fedoppu.client.release import release
 from fedoppu.client.secagg import Pins, SecAggClient
+from fedoppu.common.adapters import Adapter
 from fedoppu.common.config import ThresholdSettings
 from fedoppu.common.errors import ProtocolError, RefusedByPolicy, UsageError
 from fedoppu.common.masking import add_masks, self_mask
@@ -29,7 +31,9 @@ from tests.attacks.attacker import (
     secret_of,
     total,
 )
+from tests.attacks.devices import Script, devices, plan_for, usual_update
 from tests.attacks.switches import without
+from tests.fake_federation import CONFIG
 from tests.integration.secagg_harness import CONFIG_HASH, HashKeys, identities
 
 # --- adverts -------------------------------------------------------------------------------------
@@ -59,7 +63,8 @@ def test_key_substitution() -> None:
 
 def replay_adverts() -> tuple[Words | None, Words]:
     """Members that drop have their keys restored, rightly; later their old adverts come again."""
-    world, victim, last = World(4), 3, {}
+    world, victim = World(4), 3
+    last: dict[int, LastRound | None] = {}
     adverts, keys, signed = {}, {}, {}
     for round_, dropped in enumerate((None, 0, 1, 2), start=1):
         rogue = Rogue.over(world, plan=world.plan(round=round_), last=last).until_masked()
@@ -235,6 +240,34 @@ def test_range_that_jumps_from_round_to_round() -> None:
     usual, seen = released(0, plan)[:64].astype(int), released(0, narrow)[:64].astype(int)
     assert np.abs(usual - middle).max() < middle / 2
     assert (np.abs(seen - middle) == middle).mean() > 0.9  # a vote on each coordinate's sign
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+def another_model() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """All but the victim train on a model that leaves them nothing to learn."""
+    victim = 2
+
+    def train(member: int, plan: RoundPlan, shared: Adapter) -> NDArray[np.float32]:
+        if np.max(np.abs(shared.spec.flatten(shared.tensors))) > 1e6:
+            return np.zeros(plan.num_params, np.float32)
+        return usual_update(member, plan, shared)
+
+    members = devices(5, train=train)
+    plan = plan_for(members)
+    script = Script(members, plan)
+    crafted = np.full_like(script.model, 1e7)
+    script.model_of = {member: crafted for member in range(5) if member != victim}
+    return script.updates(), usual_update(victim, plan, members[victim].initial_shared(CONFIG))
+
+
+def test_different_models_for_different_members() -> None:
+    with pytest.raises(ProtocolError, match="a server may have sent another model to this client"):
+        another_model()
+    with without("model in plan"):
+        learned, true = another_model()
+    assert np.abs(learned - true).max() < 1e-3
 
 
 # --- cohorts -------------------------------------------------------------------------------------

@@ -69,7 +69,8 @@ def _without_noise(member: Device, plan: RoundPlan) -> NDArray[np.int64]:
         member.dither.secret("noise", plan.context), plan.noise_scale, words.size
     )
     exact = words - own.astype(words.dtype)
-    return exact.astype(np.int64) - VectorLayout.of(plan).middle
+    centred: NDArray[np.int64] = exact.astype(np.int64) - VectorLayout.of(plan).middle
+    return centred
 
 
 def test_server_that_asks_for_no_noise() -> None:
@@ -130,7 +131,9 @@ def average_of_releases(times: int) -> float:
         release(LocalUpdate(plan.context, update_of(m, plan), 1, None), plan, m.dither)
         for m in members
     ]
-    total = np.sum(words, axis=0, dtype=words[0].dtype)
+    total = np.zeros_like(words[0])
+    for each in words:
+        total += each
     exact = decode_levels(total, plan, range(5)) * (plan.value_range / VectorLayout.of(plan).middle)
     releases = []
     for _ in range(times):

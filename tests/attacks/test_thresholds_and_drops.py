@@ -62,8 +62,7 @@ def surround(neighbours: int) -> tuple[Words | None, Words]:
     n, spies, victim = 66, range(54, 66), 0
     policy = ClientPolicy(floor=20, corrupt=12, max_drop=0.3)
     world = World(n, policy=policy)
-    changes = {"neighbours": neighbours, "threshold": neighbours, "min_cohort": 40}
-    plan = replace(World(n).plan(), **changes)
+    plan = World(n).plan(neighbours=neighbours, threshold=neighbours, min_cohort=40)
     rogue = Rogue.over(world, [*range(54)], plan=plan)
     rogue.open()
     for spy in spies:
