@@ -377,6 +377,8 @@ class Handler:
         self.seat.require_pinned(request.config)
         self._drop(PLAIN, plan)
         update = self._update(plan, config, request.model)
+        with self.runtime.lock:  # a vault with a privacy budget sends none
+            self.runtime.ledger.charge(plan, config)
         self.seat.pin(request.config)
         loss = update.held_out_loss
         return PlainUpdate(

@@ -1,6 +1,6 @@
 """What the server has spent of a privacy budget: each attempt in which masked vectors were asked for.
 
-    rounds/charges.json       the attempts, in their order
+    rounds/private/charges.json    the attempts, in their order
 
 Guarantee: a charge is durable before anybody is asked for a masked vector, so before anything can be
 released; an attempt that failed later stays charged; an attempt that is repeated after a crash, with
@@ -74,5 +74,6 @@ class ChargeLedger:
         if charge in before:
             return before
         after = (*before, charge)
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         commit_file(self._path, json.dumps([asdict(one) for one in after]).encode())
         return after

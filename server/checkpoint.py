@@ -3,7 +3,11 @@
     rounds/0001/shared.npy    the shared adapter after round 1: all factors in one vector
     rounds/0001/round.json    the record of the round, and what the next one starts from
     rounds/attempt.json       the attempt under way (spec of secure aggregation, rule 5)
-    rounds/private/0001.json  where the cohort is not published: the whole record, for the operator alone
+
+With differential privacy what is not to be published is in a folder for the operator alone:
+
+    rounds/private/attempt.json, charges.json
+    rounds/private/0001.json  where the cohort is drawn by Poisson sampling: the whole record
 
 Guarantee: a round is there whole or not at all, whenever the process is killed; an attempt number
 that was begun is never used again, and nobody who was asked to unmask is forgotten.
@@ -179,6 +183,7 @@ class AttemptLog:
 
     def save(self, state: AttemptState) -> None:
         """Makes a state durable before it returns; the state before it is gone."""
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         data: dict[str, Any] = dict(vars(state))
         data["machine"] = base64.b64encode(state.machine).decode()
         commit_file(self._path, json.dumps(data).encode())

@@ -20,6 +20,7 @@ from fedoppu.common.privacy import PrivacySpent
 
 MEMBERS = ("cohort", "survivors", "aborted")
 EPSILONS = ("released", "server", "peers")
+ADJACENCIES = {"add_remove": "add or remove one user", "zero_out": "zero out one user"}
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,22 @@ def read_privacy(data: Mapping[str, Any]) -> PrivacySpent:
     """The inverse of `privacy_data`."""
     unbounded = {name: math.inf for name in EPSILONS if data[name] is None}
     return PrivacySpent(**{**data, **unbounded})
+
+
+def privacy_text(spent: PrivacySpent) -> str:
+    """What was spent for people, in one line; epsilons are rounded up."""
+    return (
+        f"epsilon {_rounded_up(spent.released)} (members {_rounded_up(spent.peers)}, server "
+        f"{_rounded_up(spent.server)}; delta {spent.delta:.2g}, {ADJACENCIES[spent.adjacency]})"
+    )
+
+
+def _rounded_up(epsilon: float) -> str:
+    """Three digits."""
+    if epsilon == math.inf:
+        return "no bound"
+    step = 10.0 ** (math.floor(math.log10(epsilon)) - 2) if epsilon > 0 else 1.0
+    return f"{math.ceil(epsilon / step - 1e-9) * step:.3g}"
 
 
 def _finite(value: float) -> float | None:

@@ -10,6 +10,7 @@ masked vector, and none is begun that the budget does not allow. Nothing that is
 exact sum is kept: the sum is noised in place before anything reads it (server/privacy.py).
 """
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
@@ -29,13 +30,14 @@ from fedoppu.server.attempt import Attempt, Outcome
 from fedoppu.server.charges import Charge
 from fedoppu.server.checkpoint import AttemptState, RoundCheckpoint
 from fedoppu.server.exchange import Exchanger
-from fedoppu.server.metrics import RoundRecord, RoundTiming
+from fedoppu.server.metrics import RoundRecord, RoundTiming, privacy_text
 from fedoppu.server.ranges import next_range
 from fedoppu.server.runtime import ServerRuntime
 from fedoppu.server.secagg import SecAggServer
 from fedoppu.server.tally import Tally
 from fedoppu.server.two_server import SealedServer
 
+logger = logging.getLogger(__name__)
 # exchanges that bring masked vectors
 MASKED = ("train.masked", "train.sealed")
 
@@ -292,6 +294,8 @@ class Rounds:
         adapter = apply_mean(standing.adapter, outcome.mean, factors)
         record = _record(state, plan, outcome, tally=tally, model_hash=adapter.digest())
         record = replace(record, privacy=self._spent(state.round))
+        if record.privacy is not None:
+            logger.info("round %d: %s", record.round, privacy_text(record.privacy))
         timing = RoundTiming(state.round, tuple(tally.stages))
         if self.runtime.config.privacy.sampling == "poisson":
             self.runtime.checkpoints.keep_private(record)

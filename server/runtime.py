@@ -11,7 +11,7 @@ from fedoppu.common.config import FederationConfig
 from fedoppu.common.randomness import Randomness
 from fedoppu.common.roster import Roster
 from fedoppu.server.charges import ChargeLedger
-from fedoppu.server.checkpoint import AttemptLog, Attempts, CheckpointStore, MemoryAttempts
+from fedoppu.server.checkpoint import PRIVATE, AttemptLog, Attempts, CheckpointStore, MemoryAttempts
 from fedoppu.server.cohort import CohortSampler, sampler_of
 from fedoppu.server.directory import Directory
 from fedoppu.server.helper import HelperLink
@@ -37,7 +37,8 @@ class ServerRuntime:
         randomness: Root of the cohorts and of the server's noise: the run's seed in a simulation, a
             secret on a server.
         directory: Finds the members on a Grid.
-        folder: Gets a folder for each committed round.
+        folder: Gets a folder for each committed round; with differential privacy also `private/`, for
+            the operator alone.
         run_id: Hex, fresh for a run; a resumed run keeps the one that it began with.
         progress: Is told of each committed round; first of those from before a restart, without
             their times.
@@ -82,10 +83,16 @@ class ServerRuntime:
         """The config's mechanism, with noise from this server's own root."""
         return privacy_of(self.config, self.randomness, len(self.roster.members))
 
+    @property
+    def books(self) -> Path:
+        """Where attempts and charges are kept: with differential privacy out of what may be published."""
+        private = self.config.privacy.mechanism != "none"
+        return self.folder / PRIVATE if private else self.folder
+
     @cached_property
     def charges(self) -> ChargeLedger:
         """What was spent of the privacy budget."""
-        return ChargeLedger(self.folder)
+        return ChargeLedger(self.books)
 
     @cached_property
     def checkpoints(self) -> CheckpointStore:
@@ -95,4 +102,4 @@ class ServerRuntime:
     @cached_property
     def attempts(self) -> Attempts:
         """The attempt under way."""
-        return MemoryAttempts() if self.replays else AttemptLog(self.folder)
+        return MemoryAttempts() if self.replays else AttemptLog(self.books)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console as RichConsole
 
-from fedoppu.simulations.printing import privacy_text
+from fedoppu.server.metrics import privacy_text, read_privacy
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
@@ -53,7 +53,7 @@ class Console:
                 f"down {_bytes(record['bytes_down'])}",
             ]
         if "privacy" in record:
-            parts.append(privacy_text(record["privacy"]))
+            parts.append(privacy_text(read_privacy(record["privacy"])))
         else:
             loss = record["held_out_loss"]
             parts.append(f"held-out loss {'-' if loss is None else f'{loss:.3f}'}")

@@ -4,9 +4,7 @@ The files hold every digit; here a number has three digits, without a leading ze
 .802].
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table as Grid
@@ -52,25 +50,6 @@ def interval(row: Row | None, *, comma: str = ", ") -> str:
     if row.low is None or row.high is None:
         return text
     return f"{text} [{number(row.low)}{comma}{number(row.high)}]"
-
-
-ADJACENCIES = {"add_remove": "add or remove one user", "zero_out": "zero out one user"}
-
-
-def epsilon(value: float | None) -> str:
-    """An epsilon for people, rounded up: three digits; none where nothing bounds it."""
-    if value is None:
-        return "no bound"
-    step = 10.0 ** (math.floor(math.log10(value)) - 2) if value > 0 else 1.0
-    return f"{math.ceil(value / step - 1e-9) * step:.3g}"
-
-
-def privacy_text(spent: Mapping[str, Any]) -> str:
-    """What a federation's rounds have spent, in one line; `spent` is a record's `privacy`."""
-    return (
-        f"epsilon {epsilon(spent['released'])} (members {epsilon(spent['peers'])}, server "
-        f"{epsilon(spent['server'])}; delta {spent['delta']:.2g}, {ADJACENCIES[spent['adjacency']]})"
-    )
 
 
 def is_clear(row: Row | None) -> bool:

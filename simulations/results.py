@@ -8,12 +8,11 @@ from importlib.metadata import version
 from typing import Any
 
 from fedoppu.common.config import RunConfig, as_flat, to_yaml
-from fedoppu.common.privacy import spent
-from fedoppu.server.metrics import privacy_data
+from fedoppu.common.privacy import PrivacySpent, spent
+from fedoppu.server.metrics import privacy_data, privacy_text, read_privacy
 from fedoppu.server.privacy import participation
 from fedoppu.simulations.evaluation import Arm
 from fedoppu.simulations.panels import Unit
-from fedoppu.simulations.printing import privacy_text
 from fedoppu.simulations.report_data import Recall, ReportData, RoundPoint
 from fedoppu.simulations.shared import SharedPhase
 from fedoppu.simulations.table import Table
@@ -47,19 +46,28 @@ class FederationResult:
         return self.rounds if total is None else (*self.rounds, total)
 
     @property
-    def privacy(self) -> Record | None:
-        """What the whole shared phase spent, and whether its budget ended it; None without a mechanism."""
+    def spent(self) -> PrivacySpent | None:
+        """What the whole shared phase spent; None without a mechanism."""
         config = self.phase.config
         if config.privacy.mechanism == "none":
             return None
-        nothing = spent(config.privacy, participation(config, len(self.phase.users.base), []))
+        if self.rounds:
+            return read_privacy(self.rounds[-1]["privacy"])
+        return spent(config.privacy, participation(config, len(self.phase.users.base), []))
+
+    @property
+    def privacy(self) -> Record | None:
+        """The same for files, and how many of the planned rounds the budget allowed."""
+        config, total = self.phase.config, self.spent
+        if total is None:
+            return None
         return {
             "kind": "privacy",
             "mechanism": config.privacy.mechanism,
             "noise_multiplier": config.privacy.noise_multiplier,
             "rounds_done": len(self.rounds),
             "rounds_planned": config.rounds,
-            **(self.rounds[-1]["privacy"] if self.rounds else privacy_data(nothing)),
+            **privacy_data(total),
         }
 
 
@@ -75,10 +83,10 @@ def privacy_records(results: Sequence[FederationResult]) -> list[Record]:
 def privacy_lines(results: Sequence[FederationResult]) -> list[str]:
     """The same for people, one line a federation."""
     return [
-        f"{result.phase.name}: {privacy_text(total)} after {total['rounds_done']} of "
-        f"{total['rounds_planned']} rounds"
+        f"{result.phase.name}: {privacy_text(result.spent)} after {len(result.rounds)} of "
+        f"{result.phase.config.rounds} rounds"
         for result in results
-        if (total := result.privacy) is not None
+        if result.spent is not None
     ]
 
 

@@ -168,6 +168,8 @@ def _run_federation(phase: SharedPhase, workforce: Workforce, console: Console) 
     console.say(
         f"{phase.name}: shared phase, {phase.config.rounds} rounds of {phase.config.cohort}"
     )
+    if phase.noise_note:
+        console.say(f"  {phase.noise_note}")
     shared, rounds, timing = train_shared(phase, executor, console)
     save_adapter(phase.folder / "shared", shared, base_name=phase.base.name)
     trained = time.monotonic()

@@ -1,5 +1,6 @@
 """The shared phase of one federation of a run: ServerApp and ClientApps over our own Grid, or Flower's engine."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fedoppu.common.errors import ClientFailed
 from fedoppu.common.quantization import require_no_overflow
 from fedoppu.common.randomness import Randomness
 from fedoppu.common.rounds import RoundPlan
+from fedoppu.common.shared_adapter import travelling
 from fedoppu.common.thresholds import plan_thresholds
 from fedoppu.server.app import run_rounds
 from fedoppu.server.metrics import RoundRecord, RoundTiming
@@ -81,6 +83,22 @@ class SharedPhase:
         """Root of the run."""
         return Randomness.from_seed(self.seed)
 
+    @property
+    def noise_note(self) -> str:
+        """How the noise compares with what it hides, or an empty string without noise."""
+        config = self.config
+        multiplier = config.privacy.noise_multiplier
+        if config.privacy.mechanism == "none" or multiplier is None:
+            return ""
+        factors = travelling(config.shared.aggregation, 1)
+        length = _spec(config, self.base).num_params(factors)
+        signal = config.cohort / (multiplier * math.sqrt(length))
+        return (
+            f"{config.privacy.mechanism} noise of {multiplier:g} sensitivities: a mean of updates at "
+            f"the clip bound of {config.encoding.clip:g} is {signal:.2g} times the noise in its "
+            f"{length:,} parameters"
+        )
+
     @staticmethod
     def check(config: FederationConfig, base: BaseFacts, personal: PersonalSettings) -> None:
         """Checks what would otherwise be found when users are there and a round begins.
@@ -111,10 +129,7 @@ class SharedPhase:
         """
         if config.privacy.mechanism == "none" or not config.rounds:
             return
-        adapter = config.shared.adapter
-        spec = AdapterSpec.from_base(
-            base, adapter.targets or (), rank=adapter.rank, alpha=adapter.alpha
-        )
+        spec = _spec(config, base)
         limits = plan_thresholds(config.cohort, config.thresholds)
         plan = RoundPlan(
             run_id="",
@@ -172,14 +187,18 @@ def train_shared(
     return latest.adapter if latest else runtime.initial, tuple(records), tuple(timings)
 
 
-def _members(phase: SharedPhase, marker: GridMarker) -> SimulatedFederation:
-    settings = phase.config.shared.adapter
-    spec = AdapterSpec.from_base(
-        phase.base, settings.targets or (), rank=settings.rank, alpha=settings.alpha
+def _spec(config: FederationConfig, base: BaseFacts) -> AdapterSpec:
+    """Of the shared adapter."""
+    settings = config.shared.adapter
+    return AdapterSpec.from_base(
+        base, settings.targets or (), rank=settings.rank, alpha=settings.alpha
     )
+
+
+def _members(phase: SharedPhase, marker: GridMarker) -> SimulatedFederation:
     members = simulate_members(
         phase.config,
-        spec,
+        _spec(phase.config, phase.base),
         phase.randomness,
         members=len(phase.users.base),
         marker=marker,

@@ -14,7 +14,7 @@ from fedoppu.common.config import FederationConfig, PrivacySettings
 from fedoppu.common.errors import DataError, RoundAborted
 from fedoppu.common.privacy import PrivacySpent
 from fedoppu.server.charges import Charge, ChargeLedger
-from fedoppu.server.checkpoint import AttemptLog, AttemptState
+from fedoppu.server.checkpoint import PRIVATE, AttemptLog, AttemptState
 from fedoppu.server.cohort import PoissonSampler
 from fedoppu.simulations.runtime import SimulatedMember
 from tests.fake_federation import CONFIG, Federation, federation, files, shared_config
@@ -54,7 +54,7 @@ def test_budget_that_allows_no_round_changes_no_model(tmp_path: Path) -> None:
         made.run()
     assert made.records == []
     assert told[0].startswith("stopped after round 0 of 6")
-    assert not (tmp_path / "charges.json").exists()
+    assert not (tmp_path / PRIVATE / "charges.json").exists()
 
 
 def test_both_epsilons_of_every_record_are_the_accountants(tmp_path: Path) -> None:
@@ -148,13 +148,13 @@ def kill(made: Federation, part: str, log: Any) -> Federation:
 
 
 def charged(folder: Path) -> list[tuple[int, int]]:
-    return [(one.round, one.attempt) for one in ChargeLedger(folder).all(committed=0)]
+    return [(one.round, one.attempt) for one in ChargeLedger(folder / PRIVATE).all(committed=0)]
 
 
 def test_deployed_server_killed_between_charge_and_release_has_spent_it(tmp_path: Path) -> None:
     config = private(2)
     made = federation(tmp_path, config, replays=False)
-    after = kill(made, "charges", KilledAfterCharge(tmp_path, 2))
+    after = kill(made, "charges", KilledAfterCharge(made.runtime.books, 2))
     after.run()
     assert charged(tmp_path) == [(1, 0), (2, 0), (2, 1)]
     assert after.records[-1].privacy is not None
@@ -167,7 +167,7 @@ def test_attempt_that_was_charged_before_a_kill_is_finished_and_charged_once(
 ) -> None:
     whole = federation(tmp_path / "whole", private(2)).run()
     made = federation(tmp_path / "cut", private(2), replays=False)
-    after = kill(made, "attempts", KilledBeforeUnmasking(tmp_path / "cut", 2))
+    after = kill(made, "attempts", KilledBeforeUnmasking(made.runtime.books, 2))
     assert after.run().adapter.digest() == whole.adapter.digest()  # the same noise, too
     assert charged(tmp_path / "cut") == [(1, 0), (2, 0)]
 
@@ -179,7 +179,7 @@ def test_killed_simulation_replays_the_same_attempt_with_the_same_noise(
     config = private(3, mechanism, epsilon=None)
     federation(tmp_path / "whole", config).run()
     made = federation(tmp_path / "cut", config)
-    kill(made, "charges", KilledAfterCharge(tmp_path / "cut", 2))
+    kill(made, "charges", KilledAfterCharge(made.runtime.books, 2))
     federation(tmp_path / "cut", config).run()
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
@@ -188,7 +188,7 @@ def test_last_affordable_round_is_not_lost_to_a_kill(tmp_path: Path) -> None:
     whole = federation(tmp_path / "whole", private())
     whole.run()
     made = federation(tmp_path / "cut", private())
-    kill(made, "charges", KilledAfterCharge(tmp_path / "cut", len(whole.records)))
+    kill(made, "charges", KilledAfterCharge(made.runtime.books, len(whole.records)))
     again = federation(tmp_path / "cut", private())
     again.run()
     assert again.records == whole.records
@@ -258,12 +258,12 @@ def test_budget_can_end_a_round_between_two_attempts(
 def test_lost_ledger_stops_the_run(tmp_path: Path) -> None:
     made = federation(tmp_path, private(1))
     made.run()
-    (tmp_path / "charges.json").unlink()
+    (tmp_path / PRIVATE / "charges.json").unlink()
     again = federation(tmp_path, private(1))
     again.run()  # nothing is left to do
     more = federation(tmp_path / "other", private(2))
-    kill(more, "charges", KilledAfterCharge(tmp_path / "other", 2))
-    (tmp_path / "other" / "charges.json").write_text("[]")
+    kill(more, "charges", KilledAfterCharge(more.runtime.books, 2))
+    (tmp_path / "other" / PRIVATE / "charges.json").write_text("[]")
     with pytest.raises(DataError, match="lacks some of the 1 committed rounds"):
         federation(tmp_path / "other", private(2)).run()
 
@@ -293,6 +293,16 @@ def test_members_with_a_budget_refuse_a_federation_without_noise(
     monkeypatch.setattr(SimulatedMember, "ledger", property(with_budget(100.0)))
     with pytest.raises(RoundAborted, match="it would be no noise"):
         federation(tmp_path, replace(CONFIG, cohort=8)).run()
+
+
+def test_members_with_a_budget_send_no_update_in_clear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SimulatedMember, "ledger", property(with_budget(100.0)))
+    config = replace(CONFIG, cohort=8, plain_updates=True)
+    made = federation(tmp_path, config, warn=lambda line: None)
+    with pytest.raises(RoundAborted, match=r"refused in train\.plain .*it would be no noise"):
+        made.run()
 
 
 def test_virtual_users_are_charged_for_what_they_sent(tmp_path: Path) -> None:

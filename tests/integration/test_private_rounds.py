@@ -97,7 +97,7 @@ def run(
             replays=False,
             **changes,
         )
-        log = RecordingLog(tmp_path / name)
+        log = RecordingLog(made.runtime.books)
         made.runtime.__dict__["attempts"] = log
         made.run()
         for record in made.records:

@@ -1,5 +1,6 @@
 """The shared phase of a run, with made-up training: rounds, records, drops, warnings, errors."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -134,6 +135,15 @@ def test_private_rounds_end_with_the_budget_and_the_run_goes_on(
     assert adapter.digest() == records[-1]["model_hash"]
     err = capsys.readouterr().err
     assert f"{own.name}: stopped after round {done} of 5: one more would exceed" in err
+
+
+def test_the_signal_is_told_beside_the_noise(tmp_path: Path) -> None:
+    assert phase(tmp_path).noise_note == ""
+    own = phase(tmp_path, "privacy.mechanism=central", "privacy.noise_multiplier=0.5")
+    match = re.search(r"is ([\d.]+) times the noise in its ([\d,]+) parameters", own.noise_note)
+    assert match is not None
+    length = int(match[2].replace(",", ""))
+    assert float(match[1]) == pytest.approx(4 / (0.5 * length**0.5), rel=0.02)
 
 
 def test_noise_is_checked_before_users_are_there(tmp_path: Path) -> None:
