@@ -11,13 +11,15 @@ keys that Python cannot overwrite.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from time import perf_counter
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
-from cryptography.hazmat.primitives.ciphers.modes import CTR
+from cryptography.hazmat.primitives.ciphers.modes import CTR, GCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
@@ -28,6 +30,8 @@ KEY_BYTES = 32
 # Stream, zeros and the chunk of the vector fit a second-level cache of 1 MiB side by side.
 CHUNK_BYTES = 1 << 17
 _BLOCK = 16
+_GCM_NONCE_BYTES = 12
+_GCM_SKIPS = 2 * _BLOCK  # blocks 0 and 1 of a key make GCM's tag
 _FIELD = 2**255 - 19
 # The u-coordinates of the points of order 1, 2, 4 and 8 on the curve and its twist (RFC 7748).
 _LOW_ORDER = frozenset(
@@ -116,27 +120,59 @@ def self_mask(seed: bytes | bytearray, scope: Scope, member: int) -> Mask:
 def add_masks(words: Words, masks: Iterable[Mask]) -> None:
     """Adds mask streams to a vector in place, modulo 2 ** word_bits.
 
-    One pass over the vector in chunks; each chunk takes all masks while it is in the cache. What
-    can be is made before the loop: at 128 KiB, Python's calls would else cost as much as the sums.
+    One pass over the vector in chunks; each chunk takes all masks while it is in the cache. The
+    key stream of AES-GCM (SP 800-38D) with a zero nonce is that of AES-CTR from block 2 on. Where
+    the processor has instructions for it, OpenSSL makes it a quarter faster than CTR, tag and all.
 
     Args:
         words: (length,) uint32 or uint16, contiguous, changed in place.
         masks: Their streams are read as little-endian words.
     """
+    chosen = list(masks)
+    head = words.size
+    if words.nbytes > 2 * CHUNK_BYTES and _gcm_is_faster():
+        head = _GCM_SKIPS // words.itemsize
+    _accumulate(words[:head], [(_stream(mask.key), mask.negative) for mask in chosen])
+    if head < words.size:
+        _accumulate(words[head:], [(_gcm_stream(mask.key), mask.negative) for mask in chosen])
+
+
+def _accumulate(words: Words, streams: list[tuple[CipherContext, bool]]) -> None:
+    """Adds or subtracts streams; what can be made before the loop is, for Python's calls count."""
     zeros, buffer = memoryview(bytes(CHUNK_BYTES)), bytearray(CHUNK_BYTES + _BLOCK)
     room = memoryview(buffer)
     block: NDArray[np.unsignedinteger] = np.frombuffer(
         buffer, words.dtype.newbyteorder("<"), count=CHUNK_BYTES // words.itemsize
     )
     steps = [
-        (_stream(mask.key).update_into, np.subtract if mask.negative else np.add) for mask in masks
+        (stream.update_into, np.subtract if negative else np.add) for stream, negative in streams
     ]
     for start in range(0, words.size, block.size):
         chunk = words[start : start + block.size]
         nothing, stream = zeros[: chunk.nbytes], block[: chunk.size]
-        for encrypt_into, accumulate in steps:
+        for encrypt_into, combine in steps:
             encrypt_into(nothing, room)
-            accumulate(chunk, stream, out=chunk)
+            combine(chunk, stream, out=chunk)
+
+
+@cache
+def _gcm_is_faster() -> bool:
+    """Whether this machine makes the same stream faster as GCM: measured once, in a millisecond."""
+    zeros, room = bytes(CHUNK_BYTES), bytearray(CHUNK_BYTES + _BLOCK)
+
+    def seconds(stream: CipherContext) -> float:
+        times = []
+        for _ in range(8):
+            start = perf_counter()
+            stream.update_into(zeros, room)
+            times.append(perf_counter() - start)
+        return min(times)
+
+    return seconds(_gcm_stream(bytes(KEY_BYTES))) < seconds(_stream(bytes(KEY_BYTES)))
+
+
+def _gcm_stream(key: bytes) -> CipherContext:
+    return Cipher(AES256(key), GCM(bytes(_GCM_NONCE_BYTES))).encryptor()
 
 
 def _stream(key: bytes) -> CipherContext:

@@ -1,11 +1,13 @@
 import hashlib
 import json
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedoppu.common import masking
 from fedoppu.common.masking import (
     CHUNK_BYTES,
     KeyAgreement,
@@ -88,25 +90,33 @@ def test_pairwise_masks_cancel() -> None:
     assert (words == np.arange(1000)).all()
 
 
+@pytest.mark.parametrize("by_gcm", [False, True])
 @given(
-    length=st.sampled_from([0, 1, 2, 7, CHUNK_BYTES // 4 - 1, CHUNK_BYTES // 4, 70_001]),
+    length=st.sampled_from([0, 1, 2, 7, CHUNK_BYTES // 4 - 1, CHUNK_BYTES // 4, 70_001, 140_001]),
     narrow=st.booleans(),
     signs=st.lists(st.booleans(), max_size=4),
 )
 @settings(max_examples=25, deadline=None)
 def test_one_pass_in_chunks_is_the_sum_of_whole_streams(
-    length: int, narrow: bool, signs: list[bool]
+    by_gcm: bool, length: int, narrow: bool, signs: list[bool]
 ) -> None:
     dtype = np.dtype("<u2" if narrow else "<u4")
     masks = [Mask(key(i), negative) for i, negative in enumerate(signs)]
     words: Words = np.zeros(length, dtype)
-    add_masks(words, masks)
+    with patch.object(masking, "_gcm_is_faster", return_value=by_gcm):
+        add_masks(words, masks)
     expected = np.zeros(length, np.int64)
     for mask in masks:
         parts = list(random_words(mask.key, dtype.str, length))
         stream = np.concatenate([np.zeros(0, dtype), *parts]).astype(np.int64)
         expected += -stream if mask.negative else stream
     assert (words == expected % (1 << 8 * dtype.itemsize)).all()
+
+
+def test_stream_is_the_same_whichever_cipher_this_machine_runs_faster() -> None:
+    long, expected = np.zeros(140_001, np.uint32), random_words(key(1), "<u4", 140_001)
+    add_masks(long, [Mask(key(1))])
+    assert (long == np.concatenate(list(expected))).all()
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
