@@ -8,7 +8,7 @@ from dp_accounting import pld, rdp  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.special import ndtr  # type: ignore[import-untyped]
+from scipy.special import log_ndtr, ndtr  # type: ignore[import-untyped]
 from scipy.stats import binom  # type: ignore[import-untyped]
 
 from fedoppu.common import accounting
@@ -67,6 +67,12 @@ def test_tails_beyond_the_reach_of_erfc_are_finite_and_smooth() -> None:
     epsilons = [gaussian_epsilon(z, 1, 1e-300) for z in (0.9, 0.95, 1.0, 1.05)]
     assert epsilons == sorted(epsilons, reverse=True)
     assert gaussian_epsilon(1e-3, 1, 1e-5) == pytest.approx(5e5 + 1e3 * 4.26489, rel=1e-5)
+
+
+def test_tails_beyond_the_reach_of_erfc_are_those_of_another_implementation() -> None:
+    epsilon = gaussian_epsilon(1.0, 1, 1e-300)
+    above, below = log_ndtr(0.5 - epsilon), epsilon + log_ndtr(-0.5 - epsilon)
+    assert above + math.log(-math.expm1(below - above)) == pytest.approx(math.log(1e-300), rel=1e-7)
 
 
 def test_several_gaussians_are_one() -> None:
@@ -185,6 +191,11 @@ def test_other_figures_of_the_specification(
     z: float, rate: float, rounds: int, spec: float
 ) -> None:
     assert sampled_epsilon(z, rate, rounds, 1e-5) == pytest.approx(spec, abs=0.007)
+
+
+def test_small_losses_are_seen_by_the_grid() -> None:
+    """Limit of ever finer grids: 0.14890; one as for larger rates gives 0.158."""
+    assert sampled_epsilon(1.0, 1e-3, 1000, 1e-5) == pytest.approx(0.1489, rel=2e-3)
 
 
 def test_renyi_bound_is_above_and_is_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,6 +362,16 @@ def test_distributed_bound_is_above_the_gaussian_and_tends_to_it(clients: int, l
     assert excesses == sorted(excesses, reverse=True)
     assert excesses[0] > 1e-3
     assert excesses[-2] < 1e-12  # at 4 levels each, the least that is allowed
+
+
+def test_distributed_bound_is_the_theorem_s() -> None:
+    tau = 10 * math.exp(-2 * math.pi**2 * 0.09 / 2)
+    assert sum_excess(0.3, 2) == pytest.approx(tau)
+    bound = distributed_epsilon(3.0, 0.3, clients=2, length=100)
+    assert bound == pytest.approx(math.sqrt(9 / (2 * 0.09) + 2 * tau * 100))
+    bound = distributed_epsilon(0.3, 0.6, clients=2, length=1)
+    tau = 10 * math.exp(-2 * math.pi**2 * 0.36 / 2)
+    assert bound == pytest.approx(0.3 / (math.sqrt(2) * 0.6) + tau)
 
 
 def test_excess_at_the_least_scale_does_not_matter_for_any_run() -> None:
