@@ -68,7 +68,7 @@ def drop_patterns(
 
 
 @given(pattern=drop_patterns(beyond=False), narrow=st.booleans(), reload=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_sum_is_exact_whoever_drops_within_the_plan(
     pattern: tuple[int, dict[int, Exchange]], narrow: bool, reload: bool
 ) -> None:
