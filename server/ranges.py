@@ -9,6 +9,9 @@ standard deviations, and the next one is put at `target` of them. If nothing was
 shrinks to `target` standard deviations of independent updates with this mean, which are sqrt(n) times as large as the
 mean's. Updates that agree are smaller than that, so what remains is a range that is wider than need be, by sqrt(n) at
 most; the rounding errors of n clients average out by as much, so the relative error of the mean is the same.
+
+A few clamped coordinates say little of the others: they are a client's whose update is larger than most. Then the range
+widens by no more than `NUDGE` beyond what it was or what the sum calls for, and does not swing.
 """
 
 import math
@@ -18,8 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 STEP = 15.9  # largest factor of the change from one round to the next; a client's own bound is 16
-MARGIN = 1.05  # clients and parts of a vector differ, and clipping hurts sooner than rounding
-_CANDIDATES = np.arange(1.0, 10.0, 0.05)  # standard deviations
+UNEVEN = 1.2  # clients, and parts of a vector, may deviate so much more than the average
+FEW = 10  # clamped coordinates over all clients, up to which they tell little
+NUDGE = 1.1
+_LEAST = 1e-300  # of a share, so that half of it is above zero
+_CANDIDATES = np.arange(1.0, 12.0, 0.05)  # standard deviations
 
 
 def next_range(
@@ -42,37 +48,47 @@ def next_range(
     Returns:
         Between value_range / STEP and value_range * STEP, to three significant digits.
     """
-    deviations, wanted = target(level_bits), value_range
+    independent = math.sqrt(float(np.mean(np.square(total))) / clients) if total.size else 0.0
+    by_sum = target(level_bits) * independent
     if clipped_share > 0:
         # 0 if all were clamped: then the range is too narrow by more than a step
-        reached = -NormalDist().inv_cdf(min(clipped_share, 1.0) / 2)
-        wanted = value_range * deviations / reached if reached > 0 else math.inf
-    elif total.size:
-        independent = math.sqrt(float(np.mean(np.square(total))) / clients)
-        wanted = min(value_range, deviations * independent) if independent > 0 else value_range
+        reached = -NormalDist().inv_cdf(min(max(clipped_share, _LEAST), 1.0) / 2)
+        wanted = value_range * target(level_bits) / reached if reached > 0 else math.inf
+        if clipped_share * clients * total.size <= FEW:
+            wanted = min(wanted, NUDGE * max(value_range, by_sum))
+    else:
+        wanted = min(value_range, by_sum) if by_sum > 0 else value_range
     return _round(min(max(wanted, value_range / STEP), value_range * STEP))
 
 
 def target(level_bits: int) -> float:
     """Standard deviations from zero to the range, where rounding and clipping errors together are least.
 
-    6.2 for 16-bit levels, 4.0 for 8-bit ones, a margin included.
+    6.9 for 16-bit levels, 4.4 for 8-bit ones; clipping is that of coordinates which deviate `UNEVEN` times as much.
     """
-    errors = [mean_square_error(float(deviations), level_bits) for deviations in _CANDIDATES]
-    return MARGIN * float(_CANDIDATES[int(np.argmin(errors))])
+    errors = [
+        rounding_error(float(deviations), level_bits) + clipping_error(float(deviations) / UNEVEN)
+        for deviations in _CANDIDATES
+    ]
+    return float(_CANDIDATES[int(np.argmin(errors))])
 
 
-def mean_square_error(deviations: float, level_bits: int) -> float:
-    """Of one standard normal coordinate, clamped to +- `deviations` and rounded at random.
+def rounding_error(deviations: float, level_bits: int) -> float:
+    """Mean square, in variances, of rounding at random with a range of so many standard deviations.
 
-    Rounding: a sixth of a squared level (the mean of f (1 - f) over the fraction f). Clipping: E max(0, |x| - k)^2 =
-    2 ((1 + k^2) Q(k) - k phi(k)).
+    A sixth of a squared level: the mean of f (1 - f) over the fraction f.
     """
-    level = deviations / ((1 << (level_bits - 1)) - 1)
+    return float((deviations / ((1 << (level_bits - 1)) - 1)) ** 2 / 6)
+
+
+def clipping_error(deviations: float) -> float:
+    """Mean square of clamping a standard normal coordinate to +- k.
+
+    E max(0, |x| - k)^2 = 2 ((1 + k^2) Q(k) - k phi(k)).
+    """
     density = math.exp(-(deviations**2) / 2) / math.sqrt(2 * math.pi)
     beyond = math.erfc(deviations / math.sqrt(2)) / 2
-    clipping = 2 * ((1 + deviations**2) * beyond - deviations * density)
-    return level**2 / 6 + max(0.0, clipping)
+    return max(0.0, 2 * ((1 + deviations**2) * beyond - deviations * density))
 
 
 def _round(value: float) -> float:

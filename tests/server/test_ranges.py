@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedoppu.client.policy import ClientPolicy
-from fedoppu.server.ranges import STEP, mean_square_error, next_range, target
+from fedoppu.server.ranges import (
+    FEW,
+    NUDGE,
+    STEP,
+    UNEVEN,
+    clipping_error,
+    next_range,
+    rounding_error,
+    target,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -42,7 +51,7 @@ def settle(
 
 
 @pytest.mark.parametrize("level_bits", [8, 16])
-@pytest.mark.parametrize("start", [1e-5, 0.06, 1.0, 500.0])
+@pytest.mark.parametrize("start", [1e-5, 0.01, 0.1, 1.0, 500.0])
 def test_range_settles_at_the_target_from_anywhere(start: float, level_bits: int) -> None:
     settled = settle(start, 0.01, clients=20, level_bits=level_bits)
     assert settled == pytest.approx(target(level_bits) * 0.01, rel=0.1)
@@ -62,14 +71,29 @@ def test_zero_updates_leave_the_range_as_it_is() -> None:
         assert next_range(0.5, 0.0, total=total, clients=3, level_bits=16) == 0.5
 
 
+MANY = np.zeros(1_000_000)
+
+
 def test_share_that_the_target_clamps_leaves_the_range_and_any_other_moves_it() -> None:
     def after(share: float) -> float:
-        return next_range(0.5, share, total=np.zeros(5), clients=3, level_bits=8)
+        return next_range(0.5, share, total=MANY, clients=30, level_bits=8)
 
-    share = 8.2e-5  # beyond 3.94 standard deviations on either side
+    share = 1.083e-5  # beyond 4.4 standard deviations on either side
     assert after(share) == pytest.approx(0.5, rel=2e-3)
     assert after(4 * share) > 0.5 * 1.05
     assert after(share / 4) < 0.5 * 0.95
+
+
+def test_few_clamped_coordinates_widen_the_range_by_a_nudge() -> None:
+    def after(count: int, rms: float = 0.0) -> float:
+        share = count / (30 * MANY.size)
+        return next_range(0.5, share, total=MANY + rms, clients=30, level_bits=16)
+
+    assert after(1) == after(FEW) == pytest.approx(0.5 * NUDGE)
+    assert after(10 * FEW) > 0.5 * 1.3
+    # unless the sum says that the range is too narrow by more
+    independent = 0.6 / target(16)
+    assert after(FEW, independent * np.sqrt(30)) == pytest.approx(0.6 * NUDGE, rel=5e-3)
 
 
 def test_sum_that_grows_does_not_widen_a_range_that_clamps_nothing() -> None:
@@ -78,24 +102,26 @@ def test_sum_that_grows_does_not_widen_a_range_that_clamps_nothing() -> None:
 
 @pytest.mark.parametrize("share", [0.9999999, 1.0])
 def test_all_clamped_widens_by_the_largest_step(share: float) -> None:
-    after = next_range(0.5, share, total=np.ones(5), clients=3, level_bits=16)
+    after = next_range(0.5, share, total=MANY, clients=3, level_bits=16)
     assert after == pytest.approx(0.5 * STEP, rel=1e-2)
 
 
-@pytest.mark.parametrize(("level_bits", "deviations"), [(8, 3.94), (12, 5.15), (16, 6.14)])
+@pytest.mark.parametrize(("level_bits", "deviations"), [(8, 4.4), (12, 5.8), (16, 6.95)])
 def test_target_balances_rounding_and_clipping(level_bits: int, deviations: float) -> None:
+    def error(k: float) -> float:
+        return rounding_error(k, level_bits) + clipping_error(k / UNEVEN)
+
     chosen = target(level_bits)
     assert chosen == pytest.approx(deviations, abs=0.06)
-    for other in (0.8, 1.25):
-        assert mean_square_error(chosen, level_bits) < mean_square_error(other * chosen, level_bits)
+    assert error(chosen) < min(error(0.9 * chosen), error(1.1 * chosen))
 
 
 @pytest.mark.parametrize(("deviations", "level_bits"), [(2.0, 16), (3.0, 8), (4.0, 4)])
-def test_error_of_the_model_is_that_of_rounding_normal_numbers(
-    deviations: float, level_bits: int
-) -> None:
-    values = RNG.standard_normal(1_000_000)
+def test_errors_are_those_of_rounding_normal_numbers(deviations: float, level_bits: int) -> None:
+    values = np.linspace(-8, 8, 1_000_001)
+    weights = np.exp(-(values**2) / 2)
     level = deviations / (2 ** (level_bits - 1) - 1)
-    rounded = level * np.floor(values.clip(-deviations, deviations) / level + RNG.random(1_000_000))
-    measured = float(np.mean((rounded - values) ** 2))
-    assert measured == pytest.approx(mean_square_error(deviations, level_bits), rel=0.03)
+    rounded = level * np.floor(values.clip(-deviations, deviations) / level + RNG.random(1_000_001))
+    measured = float(np.average((rounded - values) ** 2, weights=weights))
+    expected = rounding_error(deviations, level_bits) + clipping_error(deviations)
+    assert measured == pytest.approx(expected, rel=0.01)
