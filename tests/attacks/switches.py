@@ -328,10 +328,6 @@ RULES: Mapping[str, Rule] = {
     "one round for a model": Rule(
         "one model is answered for once", _set(f"{SEAT}.require_unanswered", value=_never_objects)
     ),
-    "durable state": Rule(
-        "each stage is stored before its message is sent",
-        _set(f"{SEAT}.save", f"{SEAT}.keep", value=_never_objects),
-    ),
     "durable state at training": Rule("a vector is stored before it is sent", _forgets_training),
     "the asked sit out": Rule(
         "who was asked to unmask sits out until the model has changed",

@@ -1,8 +1,10 @@
 """Where keys come from, what they are bound to, and whose shares are whose."""
 
+import base64
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +16,11 @@ from fedoppu.common.errors import ProtocolError, UsageError
 from fedoppu.common.pairwise import key_exchange
 from fedoppu.common.randomness import Randomness
 from fedoppu.common.rounds import SharesDelivered, Words
+from fedoppu.simulations.capture import CaptureGrid
 from fedoppu.simulations.key_source import GridMarker, SeededKeySource, simulation_grid
 from tests.attacks.attacker import Rogue, World, forged_advert, same, secret_of, strip
 from tests.attacks.switches import without
+from tests.fake_federation import federation, files
 
 # --- whose share it is ---------------------------------------------------------------------------
 
@@ -208,3 +212,23 @@ class OneKeyForEver:
 def test_key_of_one_round_opens_no_other() -> None:
     assert not same(*dropped_keys_of(2, lambda member: OsKeySource()))
     assert same(*dropped_keys_of(2, lambda member: OneKeyForEver()))
+
+
+# --- the server's own root -----------------------------------------------------------------------
+
+
+def forms(secret: bytes) -> list[bytes]:
+    """How a secret may be written down."""
+    return [secret, secret.hex().encode(), base64.b64encode(secret)]
+
+
+def test_root_of_the_server_is_in_no_file_and_no_message(tmp_path: Path) -> None:
+    """Cohorts and noise follow from it. The search would find it: the run's id is found."""
+    made = federation(tmp_path, wrap_grid=CaptureGrid)
+    made.run()
+    captured = made.grid.messages  # type: ignore[attr-defined]
+    written = [*files(tmp_path).values(), *(message.data() for message in captured)]
+    everything = b"\n".join(written)
+    assert not any(form in everything for form in forms(made.runtime.randomness.root))
+    assert made.runtime.run_id.encode() in everything
+    assert repr(made.runtime.randomness) == "Randomness()"
