@@ -29,7 +29,7 @@ Kind = Literal["cost", "rate", "bound"]
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 FLAGS = ("aes", "vaes", "sha_ni", "avx2", "avx512f", "avx512vl", "amx_tile")
 
-FILE_WIDTH = 150
+FILE_WIDTH = 160
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -127,7 +127,8 @@ def print_rows(title: str, rows: Sequence[Row], console: Console) -> None:
     """Prints the rows as a table; a missed goal is red."""
     console.print(title, markup=False)
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    grid.add_column("line", overflow="fold", min_width=38)
+    # notes give way first; names only where a terminal is too narrow for them
+    grid.add_column("line", overflow="fold", min_width=max(len(row.name) for row in rows))
     for column in ("ours", "theirs", "ratio", "at least", "goal"):
         grid.add_column(column, justify="right", no_wrap=True, min_width=len(column))
     grid.add_column("note", style="dim")

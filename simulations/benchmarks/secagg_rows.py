@@ -265,7 +265,7 @@ def _two_server(case: Case, pairs: int) -> Row:
     found = interleave(
         lambda: {"all": cpu_seconds(ours.run)}, lambda: _flower_client(theirs), pairs
     )
-    note = "another trust assumption: one of two servers is honest"
+    note = "trusts one of two servers"
     return paired_row(f"two-server client {case.name}", found["all"], note=note)
 
 
