@@ -405,5 +405,6 @@ def test_no_two_federations_share_their_noise(run: Callable[..., Output]) -> Non
     """One root serves several federations of a run; a common noise would cancel in their difference."""
     outs = [run(task, replace(private("dp_ftrl"), task=task)) for task in ("LaMP_3", "LaMP_2N")]
     vectors = [np.array(released_sums(out)) for out in outs]
-    # the same updates on both sides: only the noise differs
-    assert np.abs(vectors[0] - vectors[1]).min() > 0
+    # the same updates on both sides, rounded by other dither: a common noise would leave nearly nothing
+    difference = np.linalg.norm(vectors[0] - vectors[1])
+    assert difference > 0.5 * np.linalg.norm(vectors[0])
