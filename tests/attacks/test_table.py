@@ -100,6 +100,8 @@ BY_RULE: Mapping[str, tuple[str, ...]] = {
     ),
     "4 pinned helper, bound and signed": (
         "test_helper_of_the_servers_own",
+        "test_newcomer_whose_owner_consented_to_one_config_takes_no_helper_of_the_servers",
+        "test_newcomer_takes_no_helper_that_its_owner_did_not_consent_to",
         "test_sealed_seed_that_is_handed_in_by_another_or_in_another_round",
         "test_mask_sum_that_was_changed_on_the_way",
     ),

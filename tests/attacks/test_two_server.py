@@ -199,6 +199,35 @@ def test_helper_of_the_servers_own() -> None:
     assert same(*another_helper(open_, met=False))  # who takes the first config that comes
 
 
+def newcomer(policy: ClientPolicy) -> tuple[Words, Words]:
+    """The first config that a device of a graph federation gets is one with the server's helper."""
+    members = devices(30, policy=policy)
+    config, victim = config_with(MINE.public()), members[VICTIM]
+    plan = sealed_plan(members, config, min_cohort=28, max_drops=2)
+    sent = victim.ask("train.sealed", request(plan, config))
+    assert isinstance(sent, SealedUpdate)
+    update = LocalUpdate(plan.context, update_of(victim, plan), plan.max_weight, None)
+    return unmasked(sent.words, MINE, sent, plan), release(update, plan, victim.dither)
+
+
+def test_newcomer_whose_owner_consented_to_one_config_takes_no_helper_of_the_servers() -> None:
+    consented = replace(ClientPolicy.for_roster(30), config_hash=PINNED.hash().hex())
+    with pytest.raises(RefusedByPolicy, match="the owner consented to"):
+        newcomer(consented)
+    with without("pinned config"):
+        assert same(*newcomer(consented))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="a newcomer without policy.config_hash takes the first config that comes, and with it "
+    "mode and helper: one message to the server gives its exact words",
+)
+def test_newcomer_takes_no_helper_that_its_owner_did_not_consent_to() -> None:
+    with pytest.raises(RefusedByPolicy):
+        newcomer(ClientPolicy.for_roster(30))
+
+
 def send_twice() -> tuple[Words, Words]:
     """To have sent a masked vector is to have unmasked: with what helper, nobody can tell."""
     members = devices(5)
