@@ -179,7 +179,13 @@ def reply_bytes(scope: Scope, survivors: Iterable[int], reply: UnmaskReply) -> b
 
 
 def _members(members: Iterable[int]) -> bytes:
-    return encode_key(tuple(members))
+    return _encode_members(tuple(members))
+
+
+@lru_cache(maxsize=16)
+def _encode_members(members: tuple[int, ...]) -> bytes:
+    """Remembered, as a server binds the same two sets for each of its members, a thousand a set."""
+    return encode_key(members)
 
 
 def _flat(mapping: Mapping[int, bytes]) -> tuple[Key, ...]:
