@@ -128,13 +128,17 @@ class Round(RuleBasedStateMachine):
         self.ready: SumReady | None = None
 
     @initialize(
-        n=st.integers(4, 7), narrow=st.booleans(), wild=st.sampled_from((0, 0, 0, 1)), first=PICK
+        n=st.integers(4, 7),
+        kind=st.sampled_from(("wide", "wide", "narrow", "hybrid")),
+        wild=st.sampled_from((False, False, False, True)),
+        first=PICK,
     )
-    def begin(self, n: int, narrow: bool, wild: int, first: int) -> None:
-        before = Federation(n, narrow=narrow)
+    def begin(self, n: int, kind: str, wild: bool, first: int) -> None:
+        before, self.made = (
+            Federation(n, narrow=kind == "narrow", hybrid=kind == "hybrid") for _ in range(2)
+        )
         before.run()
         self.old_down, self.old_up = list(before.delivered), list(before.sent)
-        self.made = Federation(n, narrow=narrow)
         self.made.plan = replace(before.plan, round=2)
         self.lasts = {member: client.last_round for member, client in before.clients.items()}
         self.clients = {member: self.client(member) for member in range(n)}
@@ -357,7 +361,7 @@ def test_any_longer_schedule_does_too() -> None:
 def at(stage: Exchange) -> Round:
     """A round of five, of whom member 3 is unlucky, played up to a stage."""
     played = Round()
-    played.begin(n=5, narrow=False, wild=0, first=3)
+    played.begin(n=5, kind="wide", wild=False, first=3)
     while played.server.stage is not stage:
         played.play(as_it_is)
     return played
