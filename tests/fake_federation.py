@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,7 @@ CONFIG = FederationConfig(
     encoding=EncodingSettings(level_bits=16, clip=10.0, value_range=0.5),
     thresholds=ThresholdSettings(floor=2, corrupt=0, max_drop=0.3),
 )
+T = TypeVar("T")
 Update = Callable[[int, RoundPlan], LocalUpdate | ClientFailure]
 
 
@@ -139,6 +140,12 @@ def federation(
     }
     runtime = ServerRuntime(**(settings | changes))
     return Federation(config, simulated, users, wrap_grid(grid), runtime, records, timings)
+
+
+def shown(value: T | None) -> T:
+    """A field of a record that is None only with differential privacy."""
+    assert value is not None
+    return value
 
 
 def shared_config(config: FederationConfig = CONFIG, **changes: Any) -> FederationConfig:
