@@ -1,4 +1,4 @@
-"""Masks and pads: X25519, HKDF-SHA256, AES-256-CTR streams added to integers.
+"""Masks and packages: X25519, HKDF-SHA256, AES-256-CTR streams added to integers, AES-256-GCM.
 
 A mask is uniform in Z_2^w to whoever lacks its key (AES-256-CTR as a pseudo-random generator). The
 self mask hides a vector until its owner is in an agreed survivor set; the pairwise masks of two
@@ -15,9 +15,11 @@ from functools import cache
 from time import perf_counter
 
 import numpy as np
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR, GCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -30,6 +32,7 @@ KEY_BYTES = 32
 # Stream, zeros and the chunk of the vector fit a second-level cache of 1 MiB side by side.
 CHUNK_BYTES = 1 << 17
 _BLOCK = 16
+TAG_BYTES = 16
 _GCM_NONCE_BYTES = 12
 _GCM_SKIPS = 2 * _BLOCK  # blocks 0 and 1 of a key make GCM's tag
 _FIELD = 2**255 - 19
@@ -78,19 +81,14 @@ class KeyAgreement:
         """Loads a 32-byte private key."""
         self._key = X25519PrivateKey.from_private_bytes(private_key)
 
-    def pad(self, peer: bytes, info: bytes, data: bytes) -> bytes:
-        """Puts a pad on data, or takes it off: an HKDF output as long as the data.
-
-        It hides and does not authenticate. One `info` is used for one message.
+    def channel_key(self, peer: bytes, info: bytes) -> bytes:
+        """AES-256 key of the one message that `info` names.
 
         Args:
             peer: Public key, not of low order.
             info: Who sends what to whom, and when.
-            data: At most 8,160 bytes.
         """
-        stream = derive(self._shared(peer), info, len(data))
-        mixed = int.from_bytes(stream, "big") ^ int.from_bytes(data, "big")
-        return mixed.to_bytes(len(data), "big")
+        return derive(self._shared(peer), info)
 
     def mask(self, peer: bytes, scope: Scope, *, owner: int, other: int) -> Mask:
         """The owner's pairwise mask with another member; the other's is its negative."""
@@ -103,6 +101,19 @@ class KeyAgreement:
 def derive(secret: bytes | bytearray, info: bytes, length: int = KEY_BYTES) -> bytes:
     """HKDF-SHA256 without salt, at most 8,160 bytes (RFC 5869)."""
     return HKDF(hashes.SHA256(), length, salt=None, info=info).derive(bytes(secret))
+
+
+def seal(key: bytes, plain: bytes, associated: bytes) -> bytes:
+    """AES-256-GCM under a key that encrypts this one message; 16 bytes longer than `plain`."""
+    return AESGCM(key).encrypt(bytes(_GCM_NONCE_BYTES), plain, associated)
+
+
+def unseal(key: bytes, package: bytes, associated: bytes) -> bytes | None:
+    """The inverse of `seal`, or None if the package was made for another or changed."""
+    try:
+        return AESGCM(key).decrypt(bytes(_GCM_NONCE_BYTES), package, associated)
+    except (InvalidTag, ValueError):
+        return None
 
 
 def pair_mask(secret: bytes, scope: Scope, *, owner: int, other: int) -> Mask:

@@ -5,7 +5,8 @@ an attempt, each from 32 bytes: a *channel* key, which is never shared and opens
 are sent to it, and a *mask* key, which is dealt in shares. Whoever restores the mask key of either
 member of a pair gets the pair's mask; nobody gets a package with it.
 
-- X25519: package pad and mask come from Diffie-Hellman secrets of the two members' keys.
+- X25519: the package's AES-256-GCM key and the mask come from Diffie-Hellman secrets of the two
+  members' keys.
 - Hybrid: ML-KEM-768 and X25519 together, as the KEM of HPKE (RFC 9180; FIPS 203; the KEM is
   MLKEM768-X25519 of draft-ietf-hpke-pq), so that a round that is recorded today stays closed to
   a quantum computer. A KEM gives no secret to two keys by themselves, so in each pair the *lower*
@@ -13,11 +14,10 @@ member of a pair gets the pair's mask; nobody gets a package with it.
   lower one's mask key gives the secret at once, the higher one's opens what was sealed.
 
 What authenticates a package. A package is two shares, sealed, beside a hash of each that the dealer
-published. A share has 256 random bits, so only who knows it can make its hash.
+published.
 
-- X25519: the pad is an HKDF output as long as the package, used once. Nobody but dealer and
-  recipient knows it, so a changed package opens to shares that nobody knows, and fits no hash that
-  anybody could have made (2^-80 a try).
+- X25519: the key is known to dealer and recipient alone and seals one message, bound to both, the
+  cohort and the round.
 - Hybrid: HPKE's base mode tells nobody who sealed. A server could seal shares, and worse, pair
   secrets of its own to a victim, and so know every mask that the victim adds. So what is dealt is
   signed (`common/signing.py`), and a recipient uses nothing that its dealer did not sign.
@@ -41,12 +41,15 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from fedoppu.common.masking import (
     KEY_BYTES,
+    TAG_BYTES,
     KeyAgreement,
     Mask,
     derive,
     is_low_order,
     pair_mask,
     public_key,
+    seal,
+    unseal,
 )
 from fedoppu.common.rounds import RoundPlan
 from fedoppu.common.secret_sharing import SHARE_BYTES
@@ -56,7 +59,7 @@ PLAIN_BYTES = 2 * SHARE_BYTES  # a share of the self seed, a share of the mask k
 _MLKEM_BYTES, _MLKEM_SEED_BYTES = 1184, 64
 _COMMITMENT_BYTES = 16
 _SUITE = hpke.Suite(hpke.KEM.MLKEM768_X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_256_GCM)
-_SEAL_BYTES = hpke.KEM.MLKEM768_X25519.enc_length() + 16
+_SEAL_BYTES = hpke.KEM.MLKEM768_X25519.enc_length() + TAG_BYTES
 
 
 @dataclass(frozen=True)
@@ -165,14 +168,14 @@ class X25519Pair:
     agreement: KeyAgreement = field(repr=False)
 
     def seal(self, plain: bytes, link: Link) -> bytes:
-        """The package under a pad of its own length."""
-        return self.agreement.pad(link.key, link.sent("package"), plain)
+        """The package under AES-256-GCM."""
+        bound = link.sent("package")
+        return seal(self.agreement.channel_key(link.key, bound), plain, bound)
 
     def unseal(self, package: bytes, link: Link) -> bytes | None:
-        """The package without its pad. It always opens: the hashes of the shares are the check."""
-        if len(package) != PLAIN_BYTES:
-            return None
-        return self.agreement.pad(link.key, link.received("package"), package)
+        """What the peer sealed for this end."""
+        bound = link.received("package")
+        return unseal(self.agreement.channel_key(link.key, bound), package, bound)
 
     def offer(self, link: Link) -> bytes:
         """Nothing: both ends have the secret already."""
@@ -188,7 +191,7 @@ class X25519Exchange:
     """Diffie-Hellman on Curve25519 (RFC 7748); the attributes are those of `KeyExchange`."""
 
     key_bytes: int = KEY_BYTES
-    package_bytes: int = PLAIN_BYTES
+    package_bytes: int = PLAIN_BYTES + TAG_BYTES
     offer_bytes: int = 0
     authentic: bool = True
 

@@ -102,9 +102,8 @@ def hash_share(scope: Scope, kind: str, owner: int, *, holder: int, share: bytes
     """10-byte hash of one share ("seed" or "key").
 
     It hides the share, which has 256 random bits. A holder that wants another share to pass for its
-    dealer's needs 2^80 hashes, and a server that changes a package is right with 2^-80. A dealer
-    finds two shares for one hash with 2^40, which is of no use to it: either is on its polynomial
-    or names it.
+    dealer's needs 2^80 hashes. A dealer finds two shares for one hash with 2^40, which is of no use
+    to it: either is on its polynomial or names it.
     """
     message = scope.bind("share", kind, owner, holder, bytes(share))
     return hashlib.sha256(message).digest()[:SHARE_HASH_BYTES]

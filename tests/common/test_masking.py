@@ -54,19 +54,18 @@ def test_context_is_the_tagged_hash_of_the_sorted_json() -> None:
     assert plan.context == hashlib.sha256(expected).digest()
 
 
-def test_pads_and_masks_of_a_pair_are_bound_to_what_they_are_for() -> None:
+def test_keys_and_masks_of_a_pair_are_bound_to_what_they_are_for() -> None:
     ours, theirs = KeyAgreement(key(1)), KeyAgreement(key(2))
     there, back = public_key(key(2)), public_key(key(1))
-    sent = ours.pad(there, b"1 to 2", bytes(66))
-    assert len(sent) == 66
-    assert theirs.pad(back, b"1 to 2", sent) == bytes(66)
-    assert sent != ours.pad(there, b"2 to 1", bytes(66))
+    channel = ours.channel_key(there, b"1 to 2")
+    assert theirs.channel_key(back, b"1 to 2") == channel
+    assert ours.channel_key(there, b"2 to 1") != channel
     masks = {
         ours.mask(there, SCOPE, owner=1, other=2).key,
         ours.mask(there, SCOPE, owner=1, other=3).key,
         ours.mask(there, Scope(b"\x03" * 32, SCOPE.cohort), owner=1, other=2).key,
         ours.mask(there, Scope(SCOPE.context, b"\x03" * 32), owner=1, other=2).key,
-        sent[:32],
+        channel,
     }
     assert len(masks) == 5
 
@@ -144,7 +143,7 @@ def test_low_order_keys_are_known_and_are_those_that_the_library_refuses(encoded
     peer = bytes.fromhex(encoded)
     assert is_low_order(peer)
     with pytest.raises(ValueError, match=r"."):
-        KeyAgreement(key(1)).pad(peer, b"", b"data")
+        KeyAgreement(key(1)).channel_key(peer, b"")
 
 
 def test_honest_keys_are_not_of_low_order_and_short_ones_are_no_keys() -> None:

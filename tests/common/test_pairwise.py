@@ -44,7 +44,7 @@ def test_sizes_are_those_that_are_told(exchange: KeyExchange) -> None:
 
 
 def test_sizes_are_those_of_the_specification() -> None:
-    assert (X25519.key_bytes, X25519.package_bytes, X25519.offer_bytes) == (32, 66, 0)
+    assert (X25519.key_bytes, X25519.package_bytes, X25519.offer_bytes) == (32, 82, 0)
     assert (HYBRID.key_bytes, HYBRID.package_bytes, HYBRID.offer_bytes) == (1216, 1202, 1184)
 
 
@@ -95,13 +95,13 @@ def test_package_opens_for_its_recipient_alone(exchange: KeyExchange) -> None:
         opener.unseal(sealed, replace(link(exchange, HIGH, LOW), peer=9)),
         exchange.load(key(LOW)).unseal(sealed, link(exchange, LOW, HIGH)),
     ]
-    assert PLAIN not in wrong
+    assert wrong == [None] * 5
 
 
 @BOTH
 @given(data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_changed_package_or_offer_gives_something_else_and_never_an_exception(
+def test_changed_package_or_offer_opens_to_nothing_and_is_never_an_exception(
     exchange: KeyExchange, data: st.DataObject
 ) -> None:
     def changed(whole: bytes) -> bytes:
@@ -112,7 +112,7 @@ def test_changed_package_or_offer_gives_something_else_and_never_an_exception(
 
     opener = exchange.load(key(HIGH))
     sealed = exchange.load(key(LOW)).seal(PLAIN, link(exchange, LOW, HIGH))
-    assert opener.unseal(changed(sealed), link(exchange, HIGH, LOW)) != PLAIN
+    assert opener.unseal(changed(sealed), link(exchange, HIGH, LOW)) is None
     if exchange is HYBRID:
         assert opener.mask(link(exchange, HIGH, LOW), changed(offer(exchange))) is None
 

@@ -9,7 +9,7 @@ import pytest
 from fedoppu.client.dealing import Secrets, deal
 from fedoppu.common.config import ThresholdSettings
 from fedoppu.common.errors import DataError, ProtocolError, RoundAborted, UsageError
-from fedoppu.common.masking import KeyAgreement
+from fedoppu.common.masking import KeyAgreement, seal
 from fedoppu.common.rounds import (
     Advert,
     ClientEvent,
@@ -382,7 +382,8 @@ def one_wrong_share(
     wrong = (PRIME - 5).to_bytes(SHARE_BYTES, "big")
     agreement = KeyAgreement(federation.clients[dealer]._state.channel)
     peer = cohort.adverts[holder].channel_key
-    package = agreement.pad(peer, scope.bind("package", dealer, holder), wrong + wrong)
+    bound = scope.bind("package", dealer, holder)
+    package = seal(agreement.channel_key(peer, bound), wrong + wrong, bound)
     hashed = hash_share(scope, "seed", dealer, holder=holder, share=wrong) + hash_share(
         scope, "key", dealer, holder=holder, share=wrong
     )
