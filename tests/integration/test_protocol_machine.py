@@ -346,7 +346,7 @@ def require_named(error: FedoppuError) -> None:
 
 
 QUICK = settings(max_examples=40, stateful_step_count=30)
-LONG = settings(max_examples=600, stateful_step_count=60)
+LONG = settings(max_examples=200, stateful_step_count=40)
 
 
 def test_any_schedule_ends_in_a_right_sum_or_a_named_error() -> None:
