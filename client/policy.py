@@ -214,12 +214,21 @@ class ClientPolicy:
 
         `check_plan` holds for it too. As nobody shows this client the set, all young members of the
         roster may be in it. That the helper keeps to the plan's least set is its operator's word:
-        this mode needs one honest of the two.
+        this mode needs one honest of the two, and its key comes with the config: whoever takes the
+        first config that comes takes the server's word for who the other one is.
 
         Raises:
-            RefusedByPolicy: The helper may answer for fewer than the floor of honest members, or
-                the owner asks for a difference of survivor sets that nobody shows this client.
+            RefusedByPolicy: The owner consented to no config, or the helper may answer for fewer
+                than the floor of honest members, or the owner asks for a difference of survivor
+                sets that nobody shows this client.
         """
+        if not (self.simulation or self.config_hash):
+            raise RefusedByPolicy(
+                "two-server rounds stand on the helper's key in the config, and this client's owner "
+                "consented to no config",
+                hint="read the config, compare the helper's key with its operator's word, and "
+                "consent to the config's hash",
+            )
         least = plan.min_cohort
         self._require_floor("helper's set", least, min(least, self.corrupt + len(self.young)))
         if self.difference_floor:

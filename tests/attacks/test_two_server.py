@@ -218,13 +218,8 @@ def test_newcomer_whose_owner_consented_to_one_config_takes_no_helper_of_the_ser
         assert same(*newcomer(consented))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a newcomer without policy.config_hash takes the first config that comes, and with it "
-    "mode and helper: one message to the server gives its exact words",
-)
 def test_newcomer_takes_no_helper_that_its_owner_did_not_consent_to() -> None:
-    with pytest.raises(RefusedByPolicy):
+    with pytest.raises(RefusedByPolicy, match="consented to no config"):
         newcomer(ClientPolicy.for_roster(30))
 
 

@@ -148,7 +148,7 @@ def test_young_members_of_a_cohort_count_as_corrupt_and_others_do_not() -> None:
 
 
 def test_two_server_plan_must_promise_the_floor() -> None:
-    policy = ClientPolicy(floor=4, corrupt=1, young=frozenset({7}))
+    policy = ClientPolicy(floor=4, corrupt=1, young=frozenset({7}), config_hash="ab")
     policy.check_sealed(replace(PLAN, min_cohort=6))
     with pytest.raises(RefusedByPolicy, match="helper's set of 5 has 3 honest members if 2 are"):
         policy.check_sealed(replace(PLAN, min_cohort=5))

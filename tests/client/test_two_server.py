@@ -80,7 +80,7 @@ def test_plan_of_the_federation_is_taken() -> None:
 
 def test_floor_holds_for_the_least_set_that_the_helper_may_take() -> None:
     made = TwoServers(n=40)
-    policy = ClientPolicy(floor=20, corrupt=4, max_drop=0.5)
+    policy = ClientPolicy(floor=20, corrupt=4, max_drop=0.5, config_hash="ab")
     assert made.plan.min_cohort == 20
     with pytest.raises(RefusedByPolicy, match="a helper's set of 20 has 16 honest members"):
         require_sealed_plan(made.plan, policy, LAST)
@@ -89,7 +89,7 @@ def test_floor_holds_for_the_least_set_that_the_helper_may_take() -> None:
 
 def test_more_drops_than_the_policy_allows_are_refused() -> None:
     made = TwoServers(n=40)
-    policy = ClientPolicy(floor=10, corrupt=1, max_drop=0.3)
+    policy = ClientPolicy(floor=10, corrupt=1, max_drop=0.3, config_hash="ab")
     with pytest.raises(RefusedByPolicy, match=r"20 of the 40 members .* this client allows 12"):
         require_sealed_plan(made.plan, policy, LAST)
     require_sealed_plan(replace(made.plan, min_cohort=28, max_drops=12), policy, LAST)
