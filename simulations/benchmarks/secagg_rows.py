@@ -296,14 +296,21 @@ def _sizes(case: Case, *, hybrid: bool) -> Iterator[Row]:
     ours.run()
     where = f" {case.name}" + (", hybrid" if hybrid else "")
     sizes = [(message, _size(message)) for message in ours.seen]
-    dealt = sum(size for message, size in sizes if isinstance(message, Advert | ShareBundle))
+    dealt = sum(_sealed_size(message) for message in ours.seen)
     bound = (135_000 if hybrid else 5_000) if is_goal(case, GOAL_BYTES) else None
-    note = "Flower: 33.9 kB" if bound else ""
+    note = "Flower: 33.9 kB; hashes of shares and signatures: below" if bound else ""
     yield Row(f"advert and own shares{where}", dealt, kind="bound", goal=bound, unit="B", note=note)
     for message, size in sizes:
         way = "up" if isinstance(message, ClientEvent) else "down"
         name = f"- {way} {NAMES[type(message)]}{where}"
         yield Row(name, size, kind="bound", unit="B", note=BESIDE.get(type(message), ""))
+
+
+def _sealed_size(message: ServerEvent | ClientEvent) -> int:
+    """Of an advert, and of the sealed shares (and pair secrets) in a bundle."""
+    if isinstance(message, ShareBundle):
+        return sum(map(len, (*message.packages.values(), *message.offers.values())))
+    return _size(message) if isinstance(message, Advert) else 0
 
 
 def _size(message: ServerEvent | ClientEvent) -> int:
