@@ -22,6 +22,7 @@ from fedoppu.common.agreed import agreed, range_bounds
 from fedoppu.common.config import ThresholdSettings
 from fedoppu.common.errors import DataError, RoundAborted, UsageError
 from fedoppu.common.privacy import PrivacySpent
+from fedoppu.common.randomness import Randomness
 from fedoppu.common.rounds import Exchange, RoundPlan
 from fedoppu.common.shared_adapter import apply_mean, sent_down, travelling
 from fedoppu.common.thresholds import plan_thresholds
@@ -150,11 +151,22 @@ class Rounds:
                 "learn, or encoding.value_range is far too wide",
             )
         cohort = runtime.cohorts.sample(
-            runtime.randomness, eligible, round=state.round, attempt=number
+            self._draws(state), eligible, round=state.round, attempt=number
         )
         after = AttemptState(state.run_id, state.round, number, cohort, sitting_out=out)
         runtime.attempts.save(after)
         return after
+
+    def _draws(self, state: AttemptState) -> Randomness:
+        """Root of the cohorts. Poisson draws are this run's and this federation's alone.
+
+        Amplified epsilons compose over federations and runs only if each draws by itself: two that ask
+        the same members at the same time are one round with less noise.
+        """
+        config, root = self.runtime.config, self.runtime.randomness
+        if config.privacy.sampling != "poisson":
+            return root
+        return root.child("poisson", state.run_id, config.hash().hex())
 
     def _give_up(self, state: AttemptState, tally: Tally) -> AttemptState:
         """Final: the masked sum is deleted; whoever was asked to unmask, or lied, is remembered.

@@ -80,7 +80,8 @@ def test_server_that_asks_for_no_noise() -> None:
         assert ask_for_no_noise() == 0
     config, members = private("distributed"), devices(5)
     plan = private_plan(members, config)
-    assert _distance(members, plan, config) > 0.9 * plan.noise_scale * math.sqrt(5)
+    # of 24 elements: below a third in one of 1e8
+    assert _distance(members, plan, config) > plan.noise_scale * math.sqrt(5) / 3
 
 
 def test_corrupt_members_take_their_noise_off_again_and_enough_is_left() -> None:

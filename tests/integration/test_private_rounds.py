@@ -367,6 +367,23 @@ def test_what_counts_a_poisson_cohort_is_in_the_private_file_alone(
     assert not any("cohort" in line or "survivors" in line for line in out.logs)
 
 
+def drawn_cohorts(out: Output) -> list[tuple[int, ...] | None]:
+    """Who was asked in each round, as the operator's files say."""
+    kept = [out.files[f"private/{n:04d}.json"] for n in range(1, out.made.config.rounds + 1)]
+    return [RoundRecord.from_data(json.loads(data)).cohort for data in kept]
+
+
+def test_poisson_cohorts_of_two_federations_and_of_two_runs_of_one_server_are_independent(
+    run: Callable[..., Output],
+) -> None:
+    """With the same draws, two amplified epsilons would not compose."""
+    config = replace(POISSON, cohort=5, rounds=3)
+    first = drawn_cohorts(run("a", config))
+    assert drawn_cohorts(run("b", config)) == first  # what does not change is the same run
+    assert drawn_cohorts(run("c", replace(config, k=1))) != first
+    assert drawn_cohorts(run("d", config, run_id="cd" * 16)) != first
+
+
 def test_poisson_cohorts_have_many_sizes_and_the_mean_one_divisor(
     run: Callable[..., Output], monkeypatch: pytest.MonkeyPatch
 ) -> None:
