@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
-from fedoppu.client.batches import Row, TokenBatch, pack
-from fedoppu.client.model import LoadedBase
-from fedoppu.client.multi_lora import Factors, Level, logits_at, stack_levels
+from fedoppu.client.batches import Row
+from fedoppu.client.engine import Engine, Pass
+from fedoppu.client.multi_lora import Factors, Level, stack_levels
 from fedoppu.client.optimizer import UserAdamW, user_rules
 from fedoppu.client.plans import Plan
 from fedoppu.common.adapters import Adapter, Factor
@@ -49,11 +48,11 @@ class Group:
         tallies: Of each user.
     """
 
-    def __init__(self, base: LoadedBase, plans: Sequence[Plan]) -> None:
+    def __init__(self, engine: Engine, plans: Sequence[Plan]) -> None:
         """Stack the plans' adapters; they share a spec, the trainable factors, the frozen specs."""
         self.plans = sorted(plans, key=lambda plan: -plan.steps)
         self.tallies = [Tally() for _ in self.plans]
-        self._base = base
+        self._engine = engine
         jobs = [plan.job for plan in self.plans]
         self._spec = jobs[0].start.spec
         self._trainable: tuple[Factor, ...] = jobs[0].trainable
@@ -87,9 +86,9 @@ class Group:
         ]
         means = np.zeros(len(rows))
         with torch.no_grad():
-            for batch in pack(rows, pad=self._base.tokenizer.pad):
+            for batch in self._engine.passes(rows, share=True):
                 levels = self._levels(self._start, rows, batch)
-                loss = self._losses(batch, levels).double().numpy()
+                loss = batch.losses(levels).double().cpu().numpy()
                 counts = np.bincount(batch.sources, minlength=len(rows))[batch.sources]
                 np.add.at(means, batch.sources, loss / counts)
         owners = np.array([row.owner for row in rows], np.int64)
@@ -111,13 +110,14 @@ class Group:
         for row in rows:
             counts[row.owner] += len(row.example.answer)
         losses = np.zeros(active)
-        for batch in pack(rows, pad=self._base.tokenizer.pad):
+        dropping = any(plan.job.settings.dropout for plan in self.plans[:active])
+        for batch in self._engine.passes(rows, share=not dropping):
             owners = np.array([rows[source].owner for source in batch.sources])
-            own = self._with_dropout(rows, batch, step)
-            loss = self._losses(batch, self._levels(own, rows, batch))
-            weights = torch.from_numpy(1.0 / counts[owners]).float()
+            own = self._with_dropout(rows, batch, step) if dropping else self._own
+            loss = batch.losses(self._levels(own, rows, batch))
+            weights = torch.from_numpy(1.0 / counts[owners]).to(loss)
             self._add_gradients((loss * weights).sum())
-            np.add.at(losses, owners, loss.detach().double().numpy())
+            np.add.at(losses, owners, loss.detach().double().cpu().numpy())
         for row in rows:
             self.tallies[row.owner].tokens += row.length
         self._record(step, losses, counts)
@@ -195,21 +195,17 @@ class Group:
         for (_, gradient), part in zip(self._leaves.values(), found, strict=True):
             gradient.add_(part)
 
-    def _levels(self, own: Level, rows: Sequence[Row], batch: TokenBatch) -> list[Level]:
+    def _levels(self, own: Level, rows: Sequence[Row], batch: Pass) -> list[Level]:
         owners = np.array([rows[index].owner for index in batch.picked])
         return [level.take(owners) for level in (*self._frozen, own)]
 
-    def _losses(self, batch: TokenBatch, levels: Sequence[Level]) -> Tensor:
-        """(outputs,) float32 losses of the answer tokens, nats."""
-        logits = logits_at(self._base.model, batch.tokens, batch.outputs, levels=levels)
-        return functional.cross_entropy(logits, batch.targets, reduction="none")
+    def _with_dropout(self, rows: Sequence[Row], batch: Pass, step: int) -> Level:
+        """The trained level with each row's own masks of this step.
 
-    def _with_dropout(self, rows: Sequence[Row], batch: TokenBatch, step: int) -> Level:
+        A mask is drawn for each row alone, so that it does not depend on padding, packing or users.
+        """
         chosen = [rows[index] for index in batch.picked]
         jobs = [self.plans[row.owner].job for row in chosen]
-        if not any(job.settings.dropout for job in jobs):
-            return self._own
-        shares = [job.settings.dropout for job in jobs]
         roots = [
             job.randomness.child("dropout", step, row.place)
             for job, row in zip(jobs, chosen, strict=True)
@@ -217,13 +213,15 @@ class Group:
         widths = {target.name: target.in_features for target in self._spec.targets}
 
         def mask(name: str) -> Tensor:
-            """Drawn for each row alone, so that it does not depend on padding or on other users."""
-            kept = np.ones((*batch.tokens.shape, widths[name]), np.float32)
-            for index, (row, root, share) in enumerate(zip(chosen, roots, shares, strict=True)):
+            parts = []
+            for row, job, root in zip(chosen, jobs, roots, strict=True):
+                share, shape = job.settings.dropout, (row.length, widths[name])
+                kept = np.ones(shape, np.float32)
                 if share:
-                    draw = root.stream("mask", name).random((row.length, widths[name]), np.float32)
-                    kept[index, : row.length] = (draw >= share) / np.float32(1.0 - share)
-            return torch.from_numpy(kept)
+                    draw = root.stream("mask", name).random(shape, np.float32)
+                    kept = (draw >= share) / np.float32(1.0 - share)
+                parts.append(kept)
+            return batch.spread(parts)
 
         return replace(self._own, dropout=mask)
 

@@ -7,6 +7,7 @@ only float rounding depends on who shares its group, and the same group gives th
 
 from collections.abc import Callable, Iterator, Sequence
 
+from fedoppu.client.engine import Engine, engine_for
 from fedoppu.client.failure import describe
 from fedoppu.client.group import Group
 from fedoppu.client.jobs import ClientFailure, ClientJob, Progress, TrainedAdapter
@@ -20,12 +21,13 @@ Answer = TrainedAdapter | ClientFailure
 class BatchedTrainer:
     """Trains many users' adapters on one frozen base; a `jobs.LocalTrainer`."""
 
-    def __init__(self, base: LoadedBase, *, group: int = 8) -> None:
+    def __init__(self, base: LoadedBase, *, group: int = 8, engine: Engine | None = None) -> None:
         """Train on `base`, which is never changed.
 
         Args:
             base: A loaded base, shared with whoever else uses it.
             group: Users in one pass. It shapes float rounding, so it is part of a result.
+            engine: How the base computes; the fastest that fits it if None.
 
         Raises:
             UsageError: The group is smaller than 1.
@@ -33,6 +35,7 @@ class BatchedTrainer:
         require("group", group, 1)
         self._base = base
         self._group = group
+        self._engine = engine or engine_for(base)
 
     def update_many(
         self,
@@ -55,7 +58,7 @@ class BatchedTrainer:
             alike = self._plan(group, answers)
             done += sum(planned_steps(group[index]) for index in answers)
             for members in alike:
-                running = Group(self._base, list(members.values()))
+                running = Group(self._engine, list(members.values()))
                 held_out = running.held_out_losses()
                 for step in range(running.steps):
                     if should_stop():

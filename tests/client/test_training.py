@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
+from fedoppu.client.engine import engine_for
 from fedoppu.client.group import Group
 from fedoppu.client.jobs import ClientFailure, ClientJob, Example, Progress, TrainedAdapter
 from fedoppu.client.model import LoadedBase, load_base, resolve_base
@@ -21,7 +21,6 @@ from fedoppu.common.adapters import Adapter, Factor
 from fedoppu.common.errors import UsageError
 from tests.client.engine import (
     fresh_job,
-    merged,
     movement,
     random_adapter,
     random_examples,
@@ -30,6 +29,7 @@ from tests.client.engine import (
     spec_of,
     with_settings,
 )
+from tests.client.peft_loop import PeftUser, distance
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 COUNTS = (5, 13, 1, 8)
@@ -49,84 +49,6 @@ def train(base: LoadedBase, jobs: Sequence[ClientJob], group: int = 8) -> list[T
     answers = list(BatchedTrainer(base, group=group).update_many(jobs))
     assert all(isinstance(answer, TrainedAdapter) for answer in answers), answers
     return [answer for answer in answers if isinstance(answer, TrainedAdapter)]
-
-
-def rate(job: ClientJob, step: int, steps: int) -> float:
-    settings = job.settings
-    warm = int(np.ceil(settings.warmup * steps))
-    if step < warm:
-        return step / warm
-    return 1.0 if settings.schedule == "constant" else (steps - step) / (steps - warm)
-
-
-class PeftUser:
-    """One user trained alone by peft and torch's AdamW, one example at a time."""
-
-    def __init__(self, base: LoadedBase, job: ClientJob) -> None:
-        spec = job.start.spec
-        config = LoraConfig(
-            r=spec.rank,
-            lora_alpha=int(spec.alpha),
-            target_modules=[target.name for target in spec.targets],
-        )
-        self.job = job
-        self.model = get_peft_model(merged(base, job.frozen), config)
-        self.parameters: dict[str, torch.nn.Parameter] = {}
-        for name, parameter in self.model.named_parameters():
-            if "lora_" in name:
-                module, factor = name.removeprefix("base_model.model.").split(".lora_")
-                own = f"{module}.{factor[0]}"
-                parameter.data.copy_(torch.tensor(job.start.tensors[own]))
-                parameter.requires_grad_(factor[0] in job.trainable)
-                if parameter.requires_grad:
-                    self.parameters[own] = parameter
-
-    def loss(self, examples: Sequence[Example]) -> torch.Tensor:
-        losses = []
-        for example in examples:
-            logits = self.model(row(example.prompt, example.answer)).logits[0]
-            answers = torch.from_numpy(example.answer.astype(np.int64))
-            where = slice(len(example.prompt) - 1, -1)
-            losses.append(functional.cross_entropy(logits[where], answers, reduction="none"))
-        return torch.cat(losses).mean() + self.pull()
-
-    def pull(self) -> torch.Tensor:
-        anchor = self.job.anchor
-        if anchor is None:
-            return torch.zeros(())
-        squares = [
-            (parameter - torch.tensor(anchor.tensors[name])).square().sum()
-            for name, parameter in self.parameters.items()
-        ]
-        return self.job.settings.proximal / 2 * torch.stack(squares).sum()
-
-    def train(self) -> Adapter:
-        job, settings = self.job, self.job.settings
-        examples = job.examples[-(settings.newest or 0) :]
-        size = settings.batch_size
-        per_epoch = -(-len(examples) // size)
-        steps = per_epoch * (settings.epochs or 0)
-        learning_rate = settings.learning_rate or 0.0
-        optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=learning_rate, weight_decay=settings.weight_decay
-        )
-        for step in range(steps):
-            order = job.randomness.stream("order", step // per_epoch).permutation(len(examples))
-            batch = order[step % per_epoch * size : (step % per_epoch + 1) * size]
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * rate(job, step, steps)
-            optimizer.zero_grad()
-            torch.autograd.backward(self.loss([examples[index] for index in batch]))
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip_norm)
-            optimizer.step()
-        trained = {name: value.detach().numpy() for name, value in self.parameters.items()}
-        return replace(job.start, tensors={**job.start.tensors, **trained})
-
-
-def distance(job: ClientJob, found: Adapter, expected: Adapter) -> float:
-    """L2 norm of the difference, relative to the adapter's own movement."""
-    moved = movement(job, expected)
-    return float(np.linalg.norm(movement(job, found) - moved) / np.linalg.norm(moved))
 
 
 VARIANTS = {
@@ -192,7 +114,7 @@ def test_a_proximal_term_pulls_as_half_the_squared_distance_does(base: LoadedBas
 
 def one_step_gradient(base: LoadedBase, jobs: Sequence[ClientJob]) -> list[NDArray[np.float32]]:
     """Of each user, before clipping, as the optimiser gets them."""
-    group = Group(base, [Plan.of(job, base) for job in jobs])
+    group = Group(engine_for(base), [Plan.of(job, base) for job in jobs])
     seen: list[NDArray[np.float32]] = []
     optimizer = group._optimizer
     take = optimizer.step
@@ -219,7 +141,7 @@ def test_gradients_of_one_step_equal_those_of_autograd_through_peft(
         for job in [fresh_job(spec, i, 4, *frozen)]
     ]
     for job, found in zip(jobs, one_step_gradient(base, jobs), strict=True):
-        user = PeftUser(base, job)
+        user = PeftUser(base, job, torch.float32)
         torch.autograd.backward(user.loss(job.examples))
         gradients = {
             name: p.grad.numpy() for name, p in user.parameters.items() if p.grad is not None

@@ -1,0 +1,95 @@
+"""The seam between a group of users and how a base computes: the fast path or the generic one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from fedoppu.client.batches import Row, TokenBatch, pack
+from fedoppu.client.llama import LlamaEngine, fast_path
+from fedoppu.client.model import LoadedBase
+from fedoppu.client.multi_lora import Level, logits_at
+
+
+class Pass(Protocol):
+    """Some rows that go through the base together."""
+
+    @property
+    def picked(self) -> NDArray[np.int64]:
+        """(rows,) index of each row among those that were given."""
+
+    @property
+    def sources(self) -> NDArray[np.int64]:
+        """(outputs,) index of the row of each answer token."""
+
+    def spread(self, parts: Sequence[NDArray[np.float32]]) -> Tensor:
+        """Lays out what each row has for each of its tokens as the levels' dropout wants it."""
+
+    def losses(self, levels: Sequence[Level]) -> Tensor:
+        """(outputs,) float32 losses of the answer tokens, nats; the levels have a slot a row."""
+
+
+class Engine(Protocol):
+    """How a base computes the losses of many users' rows, differentiable by their adapters."""
+
+    def passes(self, rows: Sequence[Row], *, share: bool) -> Sequence[Pass]:
+        """Cuts rows into passes; those of one user follow each other.
+
+        Args:
+            rows: Of one step.
+            share: Whether what a user's rows begin with may be computed once; not so where each
+                row drops its own inputs.
+        """
+
+
+def engine_for(base: LoadedBase) -> Engine:
+    """The fast path where the base takes it, the generic one elsewhere."""
+    return GenericEngine(base) if fast_path(base.model) else LlamaEngine(base.model)
+
+
+class GenericEngine:
+    """Any transformers causal LM: padded rows, adapters added by hooks, autograd."""
+
+    def __init__(self, base: LoadedBase) -> None:
+        """Compute with `base`, which is never changed."""
+        self._base = base
+
+    def passes(self, rows: Sequence[Row], *, share: bool) -> "list[PaddedPass]":
+        """Rows of similar length, padded; prefixes are never shared."""
+        return [PaddedPass(self._base, batch) for batch in pack(rows, pad=self._base.tokenizer.pad)]
+
+
+@dataclass(frozen=True)
+class PaddedPass:
+    """Rows in one pass of the generic path."""
+
+    base: LoadedBase = field(repr=False)
+    batch: TokenBatch
+
+    @property
+    def picked(self) -> NDArray[np.int64]:
+        """(rows,) index of each row among those that were given."""
+        return self.batch.picked
+
+    @property
+    def sources(self) -> NDArray[np.int64]:
+        """(outputs,) index of the row of each answer token."""
+        return self.batch.sources
+
+    def spread(self, parts: Sequence[NDArray[np.float32]]) -> Tensor:
+        """(rows, tokens, width); what padding has is never used."""
+        laid = np.ones((*self.batch.tokens.shape, parts[0].shape[1]), np.float32)
+        for row, part in zip(laid, parts, strict=True):
+            row[: len(part)] = part
+        return torch.from_numpy(laid)
+
+    def losses(self, levels: Sequence[Level]) -> Tensor:
+        """(outputs,) float32 losses of the answer tokens, nats."""
+        batch = self.batch
+        logits = logits_at(self.base.model, batch.tokens, batch.outputs, levels=levels)
+        return functional.cross_entropy(logits, batch.targets, reduction="none")

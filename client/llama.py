@@ -1,0 +1,228 @@
+"""The fast path for Llama-shaped bases (Llama, Mistral, Qwen2, SmolLM): a lean forward and backward.
+
+The model's own weights are used as they are, and the model is never touched. The steps of the
+ladder, each exact, with the users per CPU second that it buys on LaMP prompts:
+
+1. Frozen weights get no gradient, nothing below the first adapted module gets any, and each piece
+   keeps only what its backward needs (`llama_ops`).
+2. Logits and losses at answer tokens alone.
+3. Rows back to back instead of padded (`llama_packing`).
+4. In the last layer only the tokens at which an answer is predicted ask, and go through the output
+   projection and the MLP; the others give keys and values alone.
+5. What a user's rows begin with is computed once a step (`llama_packing`).
+6. Attention written out over small groups of rows of similar length (`llama_attention`).
+
+Adapters and losses are float32, whatever the base computes in.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+
+from fedoppu.client.batches import Row
+from fedoppu.client.llama_adapters import PackedAdapters
+from fedoppu.client.llama_attention import AttentionPlan, HeadShape, attention_plan
+from fedoppu.client.llama_ops import attend, gated, norm, rotated
+from fedoppu.client.llama_packing import Packed, pack_rows, split_rows
+from fedoppu.client.multi_lora import Level
+
+FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
+# rotary tables that depend on the length of the text are left to the generic path
+ROTARY = ("default", "linear", "llama3", "yarn")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def fast_path(model: PreTrainedModel) -> str | None:
+    """Why a base does not take the fast path, or None if it does."""
+    if type(model) not in FAMILIES:
+        return f"a {type(model).__name__} is not one of the Llama-shaped models"
+    config = cast(Any, model).config
+    rotary = config.rope_parameters.get("rope_type", "default")
+    if rotary not in ROTARY:
+        return f"its rotary positions are {rotary}"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"its activation is {config.hidden_act}, not silu"
+    if len(_windows(config)) > 1:
+        return "its layers have different attention windows"
+    if any(type(module) is not nn.Linear for module in _linears(model).values()):
+        return "its linear layers are not plain ones"
+    return None
+
+
+def _windows(config: Any) -> set[int | None]:
+    """Attention windows of the layers; Llama has none, Mistral one, Qwen2 one for each layer."""
+    if config.model_type == "llama":
+        return {None}
+    if config.model_type == "mistral":
+        return {config.sliding_window}
+    kinds = set(config.layer_types)
+    return {config.sliding_window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    layers = range(cast(Any, model).config.num_hidden_layers)
+    names = [
+        *(f"model.layers.{layer}.self_attn.{part}" for layer in layers for part in ATTENTION),
+        *(f"model.layers.{layer}.mlp.{part}" for layer in layers for part in MLP),
+    ]
+    return {name: model.get_submodule(name) for name in names}
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """The tensors of one pass that all layers use.
+
+    Attributes:
+        adapters: Over all tokens, and over `outputs` alone.
+        plans: Attention of the layers below the last, and of the last.
+        turns: Rotary tables of keys, (T, 1, half head) cosine and sine.
+        asking: The same of queries, divided by the root of the head width: the scale of the
+            scores costs nothing there.
+        outputs: (outputs,) tokens at which answers are predicted.
+    """
+
+    adapters: tuple[PackedAdapters, PackedAdapters]
+    plans: tuple[AttentionPlan, AttentionPlan]
+    turns: tuple[Tensor, Tensor]
+    asking: tuple[Tensor, Tensor]
+    outputs: Tensor = field(repr=False)
+
+
+class LlamaEngine:
+    """Trains adapters on a Llama-shaped base; an `engine.Engine`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Take the weights of a model for which `fast_path` is None."""
+        config = cast(Any, model).config
+        self._model = cast(Any, model)
+        self._layers = list(self._model.model.layers[: config.num_hidden_layers])
+        self._heads = HeadShape(
+            config.num_attention_heads, config.num_key_value_heads, *_windows(config)
+        )
+
+    def passes(self, rows: Sequence[Row], *, share: bool) -> "list[PackedPass]":
+        """Rows as passes; with `share`, what a user's rows begin with is computed once."""
+        return [
+            PackedPass.of(self, [rows[index] for index in picked], np.array(picked), share=share)
+            for picked in split_rows(rows)
+        ]
+
+    def losses(self, packed: Packed, targets: Tensor, levels: Sequence[Level]) -> Tensor:
+        """(outputs,) float32 losses of the answer tokens, nats."""
+        run = self._prepare(packed, levels)
+        hidden = self._model.model.embed_tokens(self._tensor(packed.tokens))
+        for index in range(len(self._layers)):
+            hidden = self._layer(index, hidden, run)
+        final = self._model.model.norm
+        hidden = norm(hidden, final.weight, final.variance_epsilon)
+        logits = functional.linear(hidden, self._model.lm_head.weight, self._model.lm_head.bias)
+        return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._model.device)
+
+    def _prepare(self, packed: Packed, levels: Sequence[Level]) -> _Pass:
+        adapters = PackedAdapters(levels, packed.starts)
+        outputs = self._tensor(packed.outputs)
+        plans = [
+            attention_plan(stretches, packed.positions, self._heads, dtype=self._model.dtype)
+            for stretches in (packed.stretches, packed.last)
+        ]
+        wide = torch.zeros(1, dtype=torch.float32, device=self._model.device)
+        tables = self._model.model.rotary_emb(wide, self._tensor(packed.positions)[None])
+        cosine, sine = (table[0, :, None, : table.shape[-1] // 2] for table in tables)
+        scale, dtype = self._layers[0].self_attn.scaling, self._model.dtype
+        return _Pass(
+            adapters=(adapters, adapters.at(outputs, packed.output_starts)),
+            plans=(plans[0], plans[1]),
+            turns=(cosine.to(dtype), sine.to(dtype)),
+            asking=((cosine * scale).to(dtype), (sine * scale).to(dtype)),
+            outputs=outputs,
+        )
+
+    def _layer(self, index: int, hidden: Tensor, run: _Pass) -> Tensor:
+        """(T, width) after one layer; after the last one (outputs, width)."""
+        layer = self._layers[index]
+        name = f"model.layers.{index}"
+        last = index == len(self._layers) - 1
+        attention = self._attention(layer, hidden, run, name=f"{name}.self_attn", last=last)
+        hidden = (hidden.index_select(0, run.outputs) if last else hidden) + attention
+        return hidden + _mlp(layer, hidden, run.adapters[last], name=f"{name}.mlp")
+
+    def _attention(
+        self, layer: Any, hidden: Tensor, run: _Pass, *, name: str, last: bool
+    ) -> Tensor:
+        module = layer.self_attn
+        everywhere, asking = run.adapters[0], run.adapters[last]
+        x = norm(hidden, layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon)
+        asked, turns = x, run.asking
+        if last:
+            asked = x.index_select(0, run.outputs)
+            turns = (turns[0][run.outputs], turns[1][run.outputs])
+        shape = (-1, self._heads.key_heads, module.head_dim)
+        query = _product(module.q_proj, asked, asking, f"{name}.q_proj")
+        key = _product(module.k_proj, x, everywhere, f"{name}.k_proj").view(shape)
+        value = _product(module.v_proj, x, everywhere, f"{name}.v_proj").view(shape)
+        query = rotated(query.view(-1, self._heads.heads, module.head_dim), *turns)
+        mixed = attend(query, rotated(key, *run.turns), value, run.plans[last])
+        return _product(module.o_proj, mixed.flatten(1), asking, f"{name}.o_proj")
+
+
+def _mlp(layer: Any, hidden: Tensor, adapters: PackedAdapters, *, name: str) -> Tensor:
+    module, scale = layer.mlp, layer.post_attention_layernorm
+    x = norm(hidden, scale.weight, scale.variance_epsilon)
+    gate = _product(module.gate_proj, x, adapters, f"{name}.gate_proj")
+    up = _product(module.up_proj, x, adapters, f"{name}.up_proj")
+    return _product(module.down_proj, gated(gate, up), adapters, f"{name}.down_proj")
+
+
+def _product(module: nn.Linear, x: Tensor, adapters: PackedAdapters, name: str) -> Tensor:
+    """(T, out) of a frozen linear layer with its adapters; autograd keeps nothing for the former."""
+    return adapters.added_to(functional.linear(x, module.weight, module.bias), x, name)
+
+
+@dataclass(frozen=True)
+class PackedPass:
+    """Rows in one pass of the fast path; an `engine.Pass`.
+
+    Attributes:
+        picked: (rows,) index of each row among those that were packed.
+        sources: (outputs,) the same of each target.
+    """
+
+    engine: LlamaEngine
+    packed: Packed = field(repr=False)
+    picked: NDArray[np.int64]
+    targets: Tensor = field(repr=False)
+    sources: NDArray[np.int64] = field(repr=False)
+
+    @classmethod
+    def of(
+        cls, engine: LlamaEngine, rows: Sequence[Row], picked: NDArray[np.int64], *, share: bool
+    ) -> "PackedPass":
+        """Packs rows that follow each other."""
+        packed = pack_rows(rows, share=share)
+        answers = np.concatenate([row.example.answer for row in rows]).astype(np.int64)
+        return cls(
+            engine=engine,
+            packed=packed,
+            picked=picked,
+            targets=engine._tensor(answers),
+            sources=np.repeat(picked, np.diff(packed.output_starts)),
+        )
+
+    def spread(self, parts: Sequence[NDArray[np.float32]]) -> Tensor:
+        """Lays out what each row has for each of its tokens, (T, width)."""
+        return self.engine._tensor(np.concatenate(parts))
+
+    def losses(self, levels: Sequence[Level]) -> Tensor:
+        """(outputs,) float32 losses of the answer tokens, nats."""
+        return self.engine.losses(self.packed, self.targets, levels)

@@ -1,0 +1,287 @@
+"""The fast path computes what the model itself does, for each family, whatever is packed together."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from fedoppu.client.engine import Engine, GenericEngine, engine_for
+from fedoppu.client.group import Group
+from fedoppu.client.jobs import ClientJob, Example, TrainedAdapter
+from fedoppu.client.llama import LlamaEngine, fast_path
+from fedoppu.client.model import DTYPES, LoadedBase, load_base, resolve_base
+from fedoppu.client.plans import Plan
+from fedoppu.client.training import BatchedTrainer
+from fedoppu.common.adapters import Adapter, Factor
+from tests.client.engine import (
+    fresh_job,
+    movement,
+    random_adapter,
+    random_examples,
+    random_tokens,
+    snapshot,
+    spec_of,
+    with_settings,
+)
+from tests.client.peft_loop import PeftUser
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+SIZES = {
+    "vocab_size": 384,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def llama(**changes: object) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **changes))  # type: ignore[arg-type]
+
+
+def mistral(**changes: object) -> PreTrainedModel:
+    return MistralForCausalLM(MistralConfig(**SIZES, **changes))  # type: ignore[arg-type]
+
+
+def qwen2(**changes: object) -> PreTrainedModel:
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES, **changes))  # type: ignore[arg-type]
+
+
+FAMILIES = {
+    "llama": lambda: llama(num_key_value_heads=4, head_dim=12),
+    "llama, grouped heads, wide heads, biases, scaled rotary, tied": lambda: llama(
+        num_key_value_heads=2,
+        head_dim=16,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters=LLAMA3,
+        tie_word_embeddings=True,
+    ),
+    "mistral with a short window": lambda: mistral(
+        num_key_value_heads=1, head_dim=12, sliding_window=7
+    ),
+    "qwen2": lambda: qwen2(num_key_value_heads=2, tie_word_embeddings=False),
+}
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def base(
+    request: pytest.FixtureRequest, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> LoadedBase:
+    return loaded(FAMILIES[request.param](), tiny_base, tmp_path_factory.mktemp("family"))
+
+
+def loaded(model: PreTrainedModel, tiny_base: Path, folder: Path) -> LoadedBase:
+    """The model with random weights and biases and the tokenizer of the tiny base."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        mean = 0.0 if parameter.dim() == 2 else 1.0
+        parameter.data.normal_(mean, 0.1, generator=generator)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_base / name).read_bytes())
+    return load_base(resolve_base(str(folder)))
+
+
+def some_examples(seed: int, count: int) -> list[Example]:
+    """Prompts that begin with the same tokens, as those of one task do; but not of every user."""
+    draw = np.random.default_rng(seed)
+    starts = [random_tokens(draw, 30) for _ in range(count)]
+    return [
+        replace(example, prompt=np.concatenate([starts[seed % 2 * index], example.prompt]))
+        for index, example in enumerate(random_examples(seed, count))
+    ]
+
+
+def some_jobs(base: LoadedBase, *targets: str, frozen: Sequence[Adapter] = ()) -> list[ClientJob]:
+    """Unequal histories; those of two users share a prefix."""
+    spec = spec_of(base, *targets)
+    jobs = []
+    for seed, count in enumerate((5, 9, 1, 4)):
+        job = fresh_job(spec, seed, count, *frozen)
+        start = random_adapter(spec, 20 + seed, job.start.parent)
+        jobs.append(replace(job, start=start, examples=some_examples(seed, count)))
+    return jobs
+
+
+def gradients(engine: Engine, plans: Sequence[Plan]) -> list[NDArray[np.float32]]:
+    """Of each user in one step, before clipping, as the optimiser gets them."""
+    group = Group(engine, plans)
+    seen: dict[str, NDArray[np.float32]] = {}
+    take = group._optimizer.step
+
+    def record(active: int, step: int, rates: NDArray[np.float64]) -> None:
+        found = group._optimizer.gradients.numpy().copy()
+        seen.update({plan.job.id: row for plan, row in zip(group.plans, found, strict=True)})
+        take(active, step, rates)
+
+    group._optimizer.step = record  # type: ignore[method-assign]
+    group.step(0)
+    return [seen[plan.job.id] for plan in plans]
+
+
+def relative(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",), ("down_proj",)])
+def test_gradients_of_one_step_equal_those_of_autograd_through_peft(
+    base: LoadedBase, targets: tuple[str, ...]
+) -> None:
+    plans = [Plan.of(job, base) for job in some_jobs(base, *targets)]
+    generic = gradients(GenericEngine(base), plans)
+    for plan, found, other in zip(
+        plans, gradients(LlamaEngine(base.model), plans), generic, strict=True
+    ):
+        user = PeftUser(base, plan.job)
+        torch.autograd.backward(user.loss(plan.batch(0)))
+        expected = plan.job.start.spec.flatten(
+            {n: p.grad.float().numpy() for n, p in user.parameters.items() if p.grad is not None}
+        )
+        assert relative(found, expected) <= 1e-6
+        assert relative(found, other) <= 2e-6
+
+
+def bulk_distance(job: ClientJob, found: Adapter, expected: Adapter) -> float:
+    """L2 norm of the difference relative to the movement, but for one coordinate of a thousand.
+
+    Where a gradient is within rounding of zero, Adam makes a step of any size of it; which
+    coordinates those are is chance, and there are a few in every group.
+    """
+    moved = movement(job, expected)
+    differences = np.sort(np.abs(movement(job, found) - moved))
+    kept = differences[: -max(1, len(differences) // 1000)]
+    return float(np.linalg.norm(kept) / np.linalg.norm(moved))
+
+
+def trained(base: LoadedBase, engine: Engine, jobs: Sequence[ClientJob]) -> list[Adapter]:
+    answers = list(BatchedTrainer(base, engine=engine).update_many(jobs))
+    assert all(isinstance(answer, TrainedAdapter) for answer in answers), answers
+    return [answer.adapter for answer in answers if isinstance(answer, TrainedAdapter)]
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",)])
+def test_users_end_where_peft_and_the_generic_path_do(
+    base: LoadedBase, targets: tuple[str, ...]
+) -> None:
+    shared = random_adapter(spec_of(base, "all-linear"), 1)
+    jobs = some_jobs(base, *targets, frozen=(shared,))
+    generic = trained(base, GenericEngine(base), jobs)
+    for job, found, other in zip(
+        jobs, trained(base, LlamaEngine(base.model), jobs), generic, strict=True
+    ):
+        assert bulk_distance(job, found, PeftUser(base, job).train()) <= 2e-4
+        assert bulk_distance(job, found, other) <= 2e-4
+
+
+def test_with_dropout_users_end_where_the_generic_path_does_with_the_same_masks(
+    base: LoadedBase,
+) -> None:
+    jobs = [
+        with_settings(job, dropout=0.3 * (index % 2))
+        for index, job in enumerate(some_jobs(base, "all-linear"))
+    ]
+    without = trained(
+        base, LlamaEngine(base.model), [with_settings(job, dropout=0.0) for job in jobs]
+    )
+    generic = trained(base, GenericEngine(base), jobs)
+    found = trained(base, LlamaEngine(base.model), jobs)
+    for index, job in enumerate(jobs):
+        assert bulk_distance(job, found[index], generic[index]) <= 2e-4
+        assert (bulk_distance(job, found[index], without[index]) > 1e-2) == bool(index % 2)
+
+
+@pytest.mark.parametrize("trainable", [("A",), ("B",)])
+def test_one_factor_alone_ends_where_the_generic_path_does(
+    base: LoadedBase, trainable: tuple[Factor, ...]
+) -> None:
+    jobs = [replace(job, trainable=trainable) for job in some_jobs(base, "q_proj", "o_proj")]
+    generic = trained(base, GenericEngine(base), jobs)
+    for job, found, other in zip(
+        jobs, trained(base, LlamaEngine(base.model), jobs), generic, strict=True
+    ):
+        assert bulk_distance(job, found, other) <= 2e-4
+
+
+def test_a_bfloat16_base_moves_adapters_as_a_float32_one_does() -> None:
+    """On trained weights: those of a random model leave gradients that are mostly rounding."""
+    full, half = (load_base(resolve_base("pocket"), dtype=dtype) for dtype in DTYPES)
+    spec = spec_of(full, "q_proj", "v_proj")
+    jobs = [with_settings(fresh_job(spec, seed, 12), learning_rate=1e-3) for seed in range(3)]
+    wide = trained(full, LlamaEngine(full.model), jobs)
+    for job, found, expected in zip(
+        jobs, trained(half, LlamaEngine(half.model), jobs), wide, strict=True
+    ):
+        one, other = movement(job, found), movement(job, expected)
+        assert one @ other >= 0.99 * np.linalg.norm(one) * np.linalg.norm(other)
+
+
+def test_the_model_is_as_before_and_the_same_jobs_give_the_same_bytes(base: LoadedBase) -> None:
+    before = snapshot(base.model)
+    jobs = some_jobs(base, "all-linear")
+    first, again = (
+        [adapter.digest() for adapter in trained(base, engine_for(base), jobs)] for _ in range(2)
+    )
+    assert first == again
+    assert snapshot(base.model) == before
+
+
+def with_odd_layer() -> PreTrainedModel:
+    model = llama()
+    mlp = model.get_submodule("model.layers.1.mlp")
+    mlp.up_proj = torch.nn.Identity()
+    return model
+
+
+REFUSED = {
+    "GPT2LMHeadModel is not one": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)
+    ),
+    "rotary positions are dynamic": lambda: llama(
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    ),
+    "activation is gelu": lambda: llama(hidden_act="gelu"),
+    "different attention windows": lambda: qwen2(
+        use_sliding_window=True,
+        sliding_window=8,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    "not plain ones": with_odd_layer,
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_model_that_the_fast_path_would_get_wrong_is_left_to_the_generic_one(
+    reason: str,
+) -> None:
+    assert reason in str(fast_path(REFUSED[reason]()))
+
+
+def test_a_model_of_the_families_takes_the_fast_path(base: LoadedBase) -> None:
+    assert fast_path(base.model) is None
+    assert isinstance(engine_for(base), LlamaEngine)
