@@ -180,12 +180,12 @@ class Handler:
     # --- the round -------------------------------------------------------------------------------
 
     def _open(self, opening: Opening) -> ClientEvent:
+        stored = self.seat.machine  # before all checks: what is answered meanwhile changes it
         plan = opening.event.plan
         config = self._agree(plan, opening.config)
         _require_mode(config, "graph")
         self._admit(plan, config, opening.config)
         self._drop("query.keys", plan)
-        stored = self.seat.machine
         last = self.seat.last_in(plan.run_id) or _before_first(config)
         roster, policy = self._standing(plan)
         machine = SecAggClient(

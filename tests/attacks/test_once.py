@@ -4,7 +4,7 @@ The sums over {a, b, c} and {a, b} reveal c, so most attacks here end in a diffe
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from fedoppu.client.secagg import OsKeySource, SecAggClient
 from fedoppu.common.adapters import Adapter
 from fedoppu.common.errors import ProtocolError, RefusedByPolicy, RoundAborted
 from fedoppu.common.masking import Mask, add_masks, self_mask
-from fedoppu.common.messages import Opening, Training
+from fedoppu.common.messages import Opening, Reply, Request, Stage, Training
 from fedoppu.common.rounds import (
     CohortFixed,
     Exchange,
@@ -32,6 +32,8 @@ from fedoppu.common.rounds import (
     SharesDelivered,
     StageEnded,
     SumReady,
+    UnmaskReply,
+    UnmaskRequested,
     Words,
 )
 from fedoppu.common.shared_adapter import initial_shared
@@ -42,7 +44,7 @@ from tests.attacks.devices import Device, Script, devices, plan_for, update_of, 
 from tests.attacks.switches import without
 from tests.fake_federation import CONFIG, SPEC, federation
 from tests.integration.secagg_harness import Federation as Secure
-from tests.integration.secagg_harness import HashKeys
+from tests.integration.secagg_harness import HashKeys, identities, roster_of
 
 INITIAL = initial_shared(SPEC, CONFIG.public_seed)
 ALL, LEFT, VICTIM = (0, 1, 2, 3, 4), (0, 1, 2, 3), 4
@@ -180,6 +182,40 @@ def test_nearly_equal_survivor_sets_are_refused_by_owners_who_ask_for_distance()
     assert nearly(*two_rounds(near, round=2))
     with pytest.raises(RefusedByPolicy, match="differs from an earlier one by 1 members, 1 of"):
         two_rounds(replace(near, difference_floor=2), round=2)
+
+
+@dataclass
+class Hurried(Device):
+    """It gets its unmask request while the opening of another run, from the same model, is judged."""
+
+    opening: Opening | None = None
+    waiting: list[UnmaskRequested] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
+
+    def drops(self, stage: Stage, plan: RoundPlan) -> bool:
+        if stage == "query.keys" and self.waiting:
+            self.replies.append(super().ask("query.unmask", self.waiting.pop()))
+        return False
+
+    def ask(self, stage: Stage, request: Request) -> Reply:
+        if not isinstance(request, UnmaskRequested) or self.opening is None:
+            return super().ask(stage, request)
+        self.waiting.append(request)
+        self.replies.append(super().ask("query.keys", self.opening))
+        return self.replies[0]
+
+
+def test_opening_of_another_run_does_not_overtake_an_unmask_reply() -> None:
+    """What the opening was judged by is no longer so when its keys would go out."""
+    people = identities(5)
+    members: list[Device] = [Hurried(person, roster_of(people)) for person in people]
+    other = plan_for(members, run_id="cd" * 16)
+    members[VICTIM].opening = Opening(RoundOpened(other), CONFIG.canonical())  # type: ignore[attr-defined]
+    script = Script(members, plan_for(members))
+    script.run()
+    replies = members[VICTIM].replies  # type: ignore[attr-defined]
+    assert [type(reply) for reply in replies] == [UnmaskReply]
+    assert "another message was answered meanwhile" in str(script.refusals[VICTIM])
 
 
 # --- crashes, restarts, restored disks -----------------------------------------------------------
