@@ -128,7 +128,7 @@ def two_server_recorded() -> Case:
     for hybrid in (False, True):
         secrets, context = helper_secrets(hybrid=hybrid), sealed_plan(hybrid=hybrid).context
         seed, keys = secret("sealed seed 0"), secrets.public()
-        case = {"hybrid": hybrid, "helper_private": secrets.seal, "helper": keys.text()}
+        case: Case = {"hybrid": hybrid, "helper_private": secrets.seal, "helper": keys.text()}
         case |= {"context": context, "member": 0, "info": seal_info(context, 0), "seed": seed}
         cases.append(case | {"sealed": keys.seal_seed(seed, context, 0)})
     return {"cases": cases}

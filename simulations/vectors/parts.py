@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedoppu.common import merkle
 from fedoppu.common.config import (
@@ -66,7 +67,11 @@ def encoding() -> Case:
         ("a", "b"),
     ]
     sets: list[list[int]] = [[], [0], [0, 1, 2], [5, 132, 133], [300, 70_000, 1_048_575]]
-    vectors = [MODEL, np.array([1, 65535], np.uint16), np.array([1, 2**32 - 1], np.uint32)]
+    vectors: list[NDArray[np.generic]] = [
+        MODEL,
+        np.array([1, 65535], np.uint16),
+        np.array([1, 2**32 - 1], np.uint32),
+    ]
     return {
         "encode_key": [
             {"parts": [_typed(part) for part in key], "bytes": encode_key(key)} for key in keys
