@@ -30,7 +30,7 @@ from fedoppu.common.adapters import Adapter
 from fedoppu.common.agreed import agreed, agreed_noise
 from fedoppu.common.config import FederationConfig
 from fedoppu.common.epochs import EpochAnnounced, EpochAnswer, RosterEpoch
-from fedoppu.common.errors import ProtocolError, RefusedByPolicy, UsageError
+from fedoppu.common.errors import ClientFailed, ProtocolError, RefusedByPolicy, UsageError
 from fedoppu.common.messages import (
     PLAIN,
     SEALED,
@@ -87,6 +87,9 @@ class MemberRuntime(Protocol):
     @property
     def lock(self) -> AbstractContextManager[object]:
         """Held while this member's state is compared and stored; the same for all its messages.
+
+        And the same for all federations of one vault, whose ledger is charged under it: two charges
+        at once would be stored as one.
 
         A lock of threads is enough for one process. A daemon of several processes gives one that
         holds between them: a write transaction of the store, or a lock on its file.
@@ -150,7 +153,7 @@ class Handler:
         Raises:
             ProtocolError: The message is malformed, out of place, or does not fit.
             RefusedByPolicy: The owner's policy forbids it.
-            ClientFailed: Training failed.
+            ClientFailed: Training failed, in a round without differential privacy.
             Dropped: The runtime wants this member gone at this stage.
         """
         reply = self.seat.repeat(stage, content)
@@ -210,16 +213,44 @@ class Handler:
         plan = machine.plan
         machine.receive(training.event)
         self._drop("train.masked", plan)
-        words = self._release(self._update(plan, config, training.model), plan, config)
+        _, policy = self._standing(plan)
+        young = len(policy.young.intersection(machine.members))
+        words = self._words("train.masked", plan, config=config, model=training.model, young=young)
         masked = _only(machine.receive(UpdateReady(words)))
         with self._stored(machine, over=stored):
             pass
         return masked
 
-    def _release(self, update: LocalUpdate, plan: RoundPlan, config: FederationConfig) -> Words:
+    def _words(
+        self,
+        stage: Stage,
+        plan: RoundPlan,
+        *,
+        config: FederationConfig,
+        model: NDArray[np.float32],
+        young: int,
+    ) -> Words:
+        """The integers to mask: of the update, or of zeros if it failed in a private round.
+
+        Whether training diverges depends on this member's data, and a drop would tell the server so.
+        """
+        try:
+            update = self._update(plan, config, model)
+            return self._release(update, plan, config=config, young=young)
+        except ClientFailed as error:
+            if plan.metrics:
+                raise
+            self.runtime.failed(stage, error)
+        nothing = LocalUpdate(plan.context, np.zeros(plan.num_params, np.float32), weight=1)
+        # a repeated charge changes nothing
+        return self._release(nothing, plan, config=config, young=young)
+
+    def _release(
+        self, update: LocalUpdate, plan: RoundPlan, *, config: FederationConfig, young: int
+    ) -> Words:
         """The integers to mask, after they were charged."""
         with self.runtime.lock:
-            self.runtime.ledger.charge(plan, config)
+            self.runtime.ledger.charge(plan, config, young=young)
         return release(update, plan, self.runtime.dither)
 
     def _step(self, stage: Stage, request: Request) -> ClientEvent:
@@ -348,8 +379,9 @@ class Handler:
         self._admit_sealed(plan, config, request.config)
         helper = _helper(config)
         self._drop(SEALED, plan)
-        update = self._update(plan, config, request.model)
-        words = self._release(update, plan, config)
+        _, policy = self._standing(plan)
+        young = len(policy.young)  # nobody shows this client the set: all may be in it
+        words = self._words(SEALED, plan, config=config, model=request.model, young=young)
         runtime = self.runtime
         sealed = seal_update(words, plan, runtime.identity, helper=helper, keys=runtime.keys)
         with runtime.lock:

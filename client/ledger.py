@@ -11,13 +11,16 @@ zeros.
 
 Against whom:
 - mechanism distributed: against server and peers, if at most `corrupt` members, by this client's own
-  policy, add no noise. Only the noise of the plan's min_cohort less those is counted, whatever the
-  config says of corrupt members.
+  policy, and the young ones of the cohort, add no noise. Only the noise of the plan's min_cohort
+  less those is counted, whatever the config says of corrupt members.
 - central and dp_ftrl: against whoever gets the models, and only if the server adds the noise that it
   promised: this client cannot see it. The server itself has the sum without noise.
 - none: nothing bounds what is learned. A vault with a budget refuses such federations.
 
-Not covered: a store that is rolled back; it must not be part of a backup.
+A refusal tells a server that the budget is spent, and not how much was spent elsewhere.
+
+Not covered: a store that is rolled back; it must not be part of a backup. And two charges at once:
+whoever charges holds one lock for all federations of the vault (`MemberRuntime.lock`).
 """
 
 import json
@@ -28,8 +31,8 @@ from typing import Any, Protocol
 from fedoppu.client.vault import StateStore
 from fedoppu.common.accounting import distributed_epsilon, gaussian_epsilon
 from fedoppu.common.config import FederationConfig, require
-from fedoppu.common.errors import DataError, RefusedByPolicy
-from fedoppu.common.privacy import sensitivity
+from fedoppu.common.errors import DataError, RefusedByPolicy, UsageError
+from fedoppu.common.privacy import require_scales, sensitivity
 from fedoppu.common.rounds import RoundPlan
 
 STATE = "privacy"
@@ -56,8 +59,14 @@ class PrivacyBudget:
 class PrivacyLedger(Protocol):
     """Remembers what was spent."""
 
-    def charge(self, plan: RoundPlan, config: FederationConfig) -> None:
+    def charge(self, plan: RoundPlan, config: FederationConfig, *, young: int = 0) -> None:
         """Makes the charge of one masked vector durable; the vector is made after that.
+
+        Args:
+            plan: Of the attempt.
+            config: Of the federation.
+            young: Members that may be among the survivors and count as corrupt because they
+                joined a short while ago.
 
         Raises:
             RefusedByPolicy: The budget does not allow it; nothing was charged.
@@ -91,7 +100,7 @@ class VaultLedger:
     budget: PrivacyBudget | None = None
     corrupt: int = 0
 
-    def charge(self, plan: RoundPlan, config: FederationConfig) -> None:
+    def charge(self, plan: RoundPlan, config: FederationConfig, *, young: int = 0) -> None:
         """Makes the charge of one masked vector durable; a repeat of it changes nothing.
 
         Raises:
@@ -105,7 +114,7 @@ class VaultLedger:
         if last == entry:
             return
         _require_turn(plan, config, last)
-        cost = spent.cost + self._cost(plan, config)
+        cost = spent.cost + self._cost(plan, config, young)
         self._require_within(spent.cost, cost)
         self._put(_Spent(cost, {**spent.runs, run: entry}))
 
@@ -125,19 +134,23 @@ class VaultLedger:
 
     # --- the cost of a vector --------------------------------------------------------------------
 
-    def _cost(self, plan: RoundPlan, config: FederationConfig) -> float:
+    def _cost(self, plan: RoundPlan, config: FederationConfig, young: int) -> float:
         """1 / z^2 of this vector's noise; infinite without any."""
         privacy = config.privacy
         if privacy.mechanism == "none" or privacy.noise_multiplier is None:
             return math.inf
         if privacy.mechanism == "distributed":
-            return self._distributed_cost(plan)
+            return self._distributed_cost(plan, plan.min_cohort - self.corrupt - young)
         return privacy.noise_multiplier**-2
 
-    def _distributed_cost(self, plan: RoundPlan) -> float:
+    @staticmethod
+    def _distributed_cost(plan: RoundPlan, honest: int) -> float:
         """Of the noise of honest survivors alone; the sum of discrete Gaussians is no exact one."""
-        honest = plan.min_cohort - self.corrupt
-        if honest < 1 or plan.noise_scale == 0:
+        if honest < 1:
+            return math.inf
+        try:
+            require_scales(math.sqrt(honest) * plan.noise_scale, plan.noise_scale)
+        except UsageError:  # of a plan that came from a server
             return math.inf
         epsilon = distributed_epsilon(
             sensitivity(plan), plan.noise_scale, clients=honest, length=plan.num_params
@@ -152,11 +165,13 @@ class VaultLedger:
         if asked <= budget.epsilon:
             return
         spent = _epsilon(before, budget.delta)
-        wanted = "no noise" if asked == math.inf else f"epsilon {asked:.4g} in all"
+        wanted = "no bound" if asked == math.inf else f"epsilon {asked:.4g} in all"
+        # the message goes to the server, the hint stays with the owner
         raise RefusedByPolicy(
-            f"this vault has spent epsilon {spent:.4g} of {budget.epsilon:g} (delta "
-            f"{budget.delta:g}, all federations); with this round it would be {wanted}",
-            hint="only the owner can raise the budget; a federation can ask for more noise",
+            "this vault's privacy budget, over all federations, does not allow this round",
+            hint=f"epsilon {spent:.4g} of {budget.epsilon:g} is spent (delta {budget.delta:g}); with "
+            f"this round it would be {wanted}; only the owner can raise the budget, and a "
+            "federation can ask for more noise",
         )
 
     # --- the store -------------------------------------------------------------------------------

@@ -174,6 +174,11 @@ class SecAggClient:
         return self._state.plan
 
     @property
+    def members(self) -> tuple[int, ...]:
+        """Members of the cohort, sorted; none before it is fixed."""
+        return tuple(advert.member for advert in self._state.adverts)
+
+    @property
     def last_round(self) -> LastRound | None:
         """What to store before the message that `receive` returned is sent."""
         if self._state.plan is None:

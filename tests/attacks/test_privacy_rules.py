@@ -176,7 +176,7 @@ def vectors_without_end(most: int) -> int:
             sent += 1
         else:
             assert isinstance(refused, RefusedByPolicy)
-            assert "this vault has spent epsilon" in str(refused)
+            assert "privacy budget" in str(refused)
     return sent
 
 

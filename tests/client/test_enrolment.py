@@ -1,7 +1,8 @@
 """How a client follows a roster: every attack of rule 13, with the rule on and off, and a restored vault."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from fedoppu.client.policy import ClientPolicy, LastRound
 from fedoppu.common.accounting import gaussian_epsilon
 from fedoppu.common.agreed import agreed_noise
 from fedoppu.common.config import PrivacySettings, ThresholdSettings
-from fedoppu.common.epochs import RosterEpoch, collect, propose
+from fedoppu.common.epochs import EpochAnswer, RosterEpoch, collect, propose
 from fedoppu.common.errors import FedoppuError, ProtocolError, RefusedByPolicy
 from tests.fake_federation import CONFIG
 from tests.integration.secagg_harness import make_plan
@@ -260,6 +261,57 @@ def test_growth_of_an_epoch_is_limited(growth: float, most: int) -> None:
             ask(member(), epoch, policy=policy)
 
 
+def flooded(policy: ClientPolicy, *, hours: float) -> int:
+    """Members of the roster after twelve epochs of the authority's own people, one after the other.
+
+    They name no run, so they need not wait for any round.
+    """
+    now = 0.0
+    people = {index: Enrolment(Store(), clock=lambda: now) for index in range(8)}
+    for enrolment in people.values():
+        enrolment.begin(FIRST, FIRST.digest.hex())
+    before = FIRST
+    for _ in range(12):
+        free, add = 1 + before.entries[-1].index, len(before.members) // 4
+        keys = [person(free + place).enrolled.identity for place in range(add)]
+        proposal = propose(AUTHORITY, before, first=("", 0), newcomers=keys)
+        epoch = signed_by(before, proposal, before.members - people.keys())
+        epoch = collect(before, epoch, answers(people, proposal, policy))
+        answers(people, epoch, policy)
+        if any(newest(enrolment).digest != epoch.digest for enrolment in people.values()):
+            break
+        before, now = epoch, now + hours * 3600
+    return len(before.members)
+
+
+def answers(
+    people: Mapping[int, Enrolment], epoch: RosterEpoch, policy: ClientPolicy
+) -> list[EpochAnswer]:
+    """What these members answer; those that refuse are silent."""
+    given = []
+    for index, enrolment in people.items():
+        with suppress(RefusedByPolicy):
+            given.append(enrolment.consider(epoch, person(index), policy, last=at(1)))
+    return given
+
+
+def test_roster_is_not_flooded_by_many_epochs_at_once() -> None:
+    """Growth and youth are counted in epochs, which cost an authority that works with a server nothing."""
+    assert flooded(POLICY, hours=0) == 10
+    assert flooded(POLICY, hours=25) > 50  # a quarter in a day is what the owner allows
+    assert flooded(replace(POLICY, epoch_hours=0), hours=0) > 50  # the rule is off
+
+
+def test_clock_that_is_set_back_lets_no_epoch_through() -> None:
+    times = [1e6, 0.0]
+    enrolment = Enrolment(Store(), clock=lambda: times.pop(0))
+    enrolment.begin(FIRST, FIRST.digest.hex())
+    ask(enrolment, proposed(FIRST))
+    ask(enrolment, completed(FIRST, proposed(FIRST)))
+    with pytest.raises(RefusedByPolicy, match="epoch 1 less than 24 hours ago"):
+        ask(enrolment, proposed(proposed(FIRST)))
+
+
 def test_growth_is_of_newcomers_and_not_made_up_for_by_revocations() -> None:
     with pytest.raises(RefusedByPolicy, match="adds 4 members to 8"):
         ask(member(), proposed(FIRST, add=4, revoked={1, 2, 3, 4}))
@@ -419,7 +471,7 @@ def test_restored_vault_of_a_spent_budget_takes_no_part() -> None:
     config = private("central")
     ledger = VaultLedger(Store(), PrivacyBudget(8.0))
     restored(ledger, config, rounds=400)
-    with pytest.raises(RefusedByPolicy, match="this vault has spent epsilon"):
+    with pytest.raises(RefusedByPolicy, match="privacy budget.* does not allow"):
         ledger.charge(make_plan(20, FIRST.roster), config)
     VaultLedger(Store(), PrivacyBudget(8.0)).charge(make_plan(20, FIRST.roster), config)  # control
 

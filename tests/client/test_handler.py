@@ -13,6 +13,7 @@ from flwr.app import RecordDict
 
 from fedoppu.client.handler import Dropped, Handler
 from fedoppu.client.jobs import LocalUpdate
+from fedoppu.client.policy import ClientPolicy
 from fedoppu.client.release import release as real_release
 from fedoppu.common.config import FederationConfig, ResearchSettings, SecAggSettings
 from fedoppu.common.errors import ProtocolError, RefusedByPolicy
@@ -223,11 +224,13 @@ class Ledger:
 
     refuses: bool = False
     charged: list[bytes] = field(default_factory=list)
+    young: list[int] = field(default_factory=list)
 
-    def charge(self, plan: RoundPlan, config: FederationConfig) -> None:
+    def charge(self, plan: RoundPlan, config: FederationConfig, *, young: int = 0) -> None:
         if self.refuses:
             raise RefusedByPolicy("the budget is spent")
         self.charged.append(plan.context)
+        self.young.append(young)
 
 
 def with_ledger(made: Federation, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +261,25 @@ def test_every_vector_is_charged_in_both_modes(
     made.run()
     assert len(ledger.charged) == len(vectors) == 10
     assert len(set(ledger.charged)) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "counted"), [(CONFIG, {1}), (SEALED_CONFIG, {2})], ids=["graph", "two_server"]
+)
+def test_ledger_is_told_how_many_young_members_may_add_no_noise(
+    tmp_path: Path, config: FederationConfig, counted: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the cohort; in two-server rounds, whose set nobody shows, all of the roster."""
+    made = federation(tmp_path, replace(config, cohort=8, rounds=1), young=frozenset({3}))
+    ledger, member = Ledger(), made.users.member
+    policy = replace(ClientPolicy.for_simulation(), young=frozenset({3, 99}))
+    with_ledger(made, ledger, monkeypatch)
+    monkeypatch.setattr(
+        made.users, "member", lambda context: replace(member(context), policy=policy)
+    )
+    made.run()
+    assert len(ledger.young) == 8
+    assert set(ledger.young) == counted
 
 
 def test_no_vector_is_made_when_the_budget_is_spent(

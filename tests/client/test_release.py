@@ -209,6 +209,17 @@ def test_integers_beyond_the_bound_are_moved_toward_zero(level_bits: int, shape:
         assert (after * before >= 0).all()
 
 
+def test_release_holds_the_integers_to_the_bound_that_noise_is_made_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Even where what is before them lengthened the vector, as floats might."""
+    monkeypatch.setattr("fedoppu.client.release.rotate", lambda vector, seed: vector * 3)
+    plan = replace(PRIVATE, value_range=PLAN.clip)
+    levels = decode_levels(private(np.full(50, 10.0), plan), plan, (0,))
+    assert sum(int(level) ** 2 for level in levels) <= sensitivity(plan) ** 2
+    assert np.linalg.norm(levels) > 0.99 * sensitivity(plan)
+
+
 def test_integers_within_the_bound_stay() -> None:
     levels = np.array([5, 7, 9], np.uint16)
     shorten(levels, 7, 3.0)

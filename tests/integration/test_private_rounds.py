@@ -14,9 +14,14 @@ import pytest
 from numpy.typing import NDArray
 
 from fedoppu.client import handler
-from fedoppu.client.jobs import LocalUpdate
+from fedoppu.client.jobs import ClientFailure, LocalUpdate
 from fedoppu.client.release import release
-from fedoppu.common.config import FederationConfig, PrivacySettings, ResearchSettings
+from fedoppu.common.config import (
+    FederationConfig,
+    PrivacySettings,
+    ResearchSettings,
+    SecAggSettings,
+)
 from fedoppu.common.messages import pack
 from fedoppu.common.quantization import VectorLayout
 from fedoppu.common.randomness import Randomness
@@ -28,6 +33,7 @@ from fedoppu.server.checkpoint import AttemptLog, AttemptState
 from fedoppu.server.metrics import RoundRecord
 from fedoppu.simulations.capture import CaptureGrid
 from fedoppu.simulations.console import Console
+from fedoppu.simulations.helper import pinned_helper
 from tests.fake_federation import (
     CONFIG,
     SPEC,
@@ -218,6 +224,40 @@ def test_server_that_looks_before_the_noise_is_seen(
     shift_noise(monkeypatch)
     shifted = run("b", private())
     assert (shifted.files, shifted.logs) != (plain.files, plain.logs)
+
+
+# --- a training that fails ------------------------------------------------------------------------
+
+
+def failing(how: str) -> FakeExecutor:
+    """Everybody trains but one, whose data let training fail, diverge, or move nothing."""
+
+    def update(member: int, plan: RoundPlan) -> LocalUpdate | ClientFailure:
+        trained = secret_update(member, plan)
+        if member != SHIFTED or how == "trains":
+            return trained
+        if how == "fails":
+            return ClientFailure(str(member), "ClientFailed: training diverged")
+        value = np.nan if how == "diverges" else 0.0
+        return replace(trained, vector=np.full_like(trained.vector, value))
+
+    return FakeExecutor(update)
+
+
+@pytest.mark.parametrize("mode", ["graph", "two_server"])
+def test_member_whose_training_fails_sends_zeros_and_is_no_drop(tmp_path: Path, mode: str) -> None:
+    config = private("distributed")
+    if mode == "two_server":
+        secagg = SecAggSettings("two_server")
+        config = pinned_helper(replace(config, secagg=secagg), Randomness.from_seed(3))
+    made = {}
+    for how in ("zeros", "fails", "diverges", "trains"):
+        made[how] = federation(tmp_path / how, config, executor=failing(how))
+        made[how].run()
+    assert files(tmp_path / "fails") == files(tmp_path / "diverges") == files(tmp_path / "zeros")
+    assert files(tmp_path / "trains") != files(tmp_path / "zeros")
+    assert all(record.drops == {} for record in made["fails"].records)
+    assert len(made["diverges"].users.failures) == config.rounds  # its owner is told
 
 
 # --- no number of it is one of the exact sum -----------------------------------------------------
