@@ -3,18 +3,22 @@
 Guarantee (spec of secure aggregation, rule 13): this client uses an epoch only if it follows the one
 before by the rules of `common/epochs.py`, members of the one before countersigned it, it grew by
 no more than the owner allows, and a round lies between its announcement to this client and its
-first use. It countersigns one epoch per number, which is stored before the signature exists.
-Members that joined a short while ago count as corrupt.
+first use. It countersigns one epoch per number, which is stored before the signature exists, and
+one in so many hours: a chain that honest members must sign grows no faster than most of their
+clocks let it. Members that joined a short while ago count as corrupt.
 
 A vault that is restored from a backup enrols anew: protocol state is in no backup, because one that
 is rolled back would answer a round twice. Its old identity is to be revoked, it gets a new index,
 and `restored` charges it for all that the old one may have spent.
 
-Not guaranteed: the round in between, where a server begins a run that this client never saw: there
-the newest epoch holds from the first round. What a client sees before is the announcement alone.
+Not guaranteed: those hours, where a server sets this device's clock. Nor the round in between, where
+a server begins a run that this client never saw: there the newest epoch holds from the first round.
+What a client sees before is the announcement alone.
 """
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from fedoppu.client.ledger import VaultLedger
@@ -96,10 +100,12 @@ class Countersigned:
     Attributes:
         number: Its number.
         digest: Its hash.
+        time: When, seconds since 1970 by this device's clock.
     """
 
     number: int
     digest: bytes
+    time: float
 
 
 def check_growth(before: RosterEpoch, epoch: RosterEpoch, policy: ClientPolicy) -> None:
@@ -152,9 +158,11 @@ class Enrolment:
 
     Attributes:
         store: Where it is kept: the member's protocol state.
+        clock: Seconds since 1970.
     """
 
     store: StateStore = field(repr=False)
+    clock: Callable[[], float] = field(default=time.time, repr=False)
 
     @property
     def chain(self) -> Chain | None:
@@ -218,7 +226,7 @@ class Enrolment:
             self._accept(chain, epoch, last)
             return followed
         _require_notice(epoch, last)
-        self._remember(epoch)
+        self._remember(epoch, policy)
         return replace(followed, countersignature=countersign(epoch, identity))
 
     def _accept(self, chain: Chain, epoch: RosterEpoch, last: LastRound | None) -> None:
@@ -230,17 +238,25 @@ class Enrolment:
             links = tuple(one for one in links if one.epoch.number >= used.number)
         self._put(Chain((*links, link)))
 
-    def _remember(self, epoch: RosterEpoch) -> None:
+    def _remember(self, epoch: RosterEpoch, policy: ClientPolicy) -> None:
         """Stores what is about to be countersigned."""
-        data = self.store.get(COUNTERSIGNED)
+        data, now = self.store.get(COUNTERSIGNED), self.clock()
         known = load_plain(Countersigned, data) if data else None
-        if known and known.number == epoch.number and known.digest != epoch.digest:
+        if known and known.digest == epoch.digest:
+            return
+        if known and known.number == epoch.number:
             raise RefusedByPolicy(
                 f"this client countersigned another roster epoch {epoch.number}, "
                 f"{known.digest.hex()[:12]}: two would fork the roster",
                 hint="the authority completes the epoch that it proposed first",
             )
-        self.store.put(COUNTERSIGNED, dump_plain(Countersigned(epoch.number, epoch.digest)))
+        if known and now < known.time + policy.epoch_hours * 3600:
+            raise RefusedByPolicy(
+                f"this client countersigned roster epoch {known.number} less than "
+                f"{policy.epoch_hours:g} hours ago (policy.epoch_hours)",
+                hint="propose one epoch for all changes of a day, or wait",
+            )
+        self.store.put(COUNTERSIGNED, dump_plain(Countersigned(epoch.number, epoch.digest, now)))
 
     def _put(self, chain: Chain) -> None:
         self.store.put(CHAIN, dump_plain(chain))

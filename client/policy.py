@@ -66,6 +66,8 @@ class ClientPolicy:
             first that comes.
         roster_growth: Most newcomers of an epoch, as a share of the epoch before; at least one
             unless it is 0.
+        epoch_hours: Fewest hours between two epochs that this client countersigns. Without it
+            neither growth nor age would be a bound: epochs cost nobody anything.
         young_epochs: Members enrolled fewer epochs ago than this count as corrupt too.
         young: Those members of the roster in use.
         simulation: Whether all clients are virtual: then cohorts below 4 are taken.
@@ -83,6 +85,7 @@ class ClientPolicy:
     same_model: bool = False
     config_hash: str = ""
     roster_growth: float = 0.25
+    epoch_hours: float = 24.0
     young_epochs: int = 2
     young: frozenset[int] = frozenset()
     simulation: bool = False
@@ -96,6 +99,7 @@ class ClientPolicy:
         require("policy.range_change", self.range_change, 1)
         require("policy.difference_floor", self.difference_floor, 0)
         require("policy.roster_growth", self.roster_growth, 0, 1)
+        require("policy.epoch_hours", self.epoch_hours, 0)
         require("policy.young_epochs", self.young_epochs, 0)
         if not self.simulation and self.floor + self.corrupt < SMALLEST_COHORT:
             raise UsageError(
@@ -111,7 +115,7 @@ class ClientPolicy:
     @classmethod
     def for_simulation(cls) -> "ClientPolicy":
         """Virtual clients: the least floors that still exercise the protocol."""
-        return cls(floor=2, corrupt=0, max_drop=0.5, simulation=True)
+        return cls(floor=2, corrupt=0, max_drop=0.5, epoch_hours=0, simulation=True)
 
     def corrupt_in(self, members: Collection[int]) -> int:
         """How many of these members are assumed corrupt, at most all: `corrupt`, and the young."""

@@ -29,6 +29,7 @@ def test_default_on_a_device_assumes_a_tenth_of_the_roster_corrupt() -> None:
         ({"range_change": 0.5}, "policy.range_change must be at least 1"),
         ({"difference_floor": -1}, "policy.difference_floor must be at least 0"),
         ({"roster_growth": 1.5}, "policy.roster_growth must be between 0 and 1"),
+        ({"epoch_hours": -1}, "policy.epoch_hours must be at least 0"),
         ({"young_epochs": -1}, "policy.young_epochs must be at least 0"),
         ({"floor": 2, "corrupt": 1}, "must be at least 4 outside a simulation, got 3"),
     ],
