@@ -39,6 +39,10 @@ def text_of(case: Case) -> str:
     return json.dumps(plain(case), indent=1, ensure_ascii=False) + "\n"
 
 
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the files.")],
     recorded: Annotated[bool, typer.Option(help="Seal the recorded ones anew too.")] = False,
@@ -56,4 +60,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

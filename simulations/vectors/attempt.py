@@ -156,6 +156,7 @@ class Attempt:
         return {
             "context": self.plan.context,
             "cohort_hash": self.scope.cohort,
+            "identities": [person(member).enrolled.identity for member in range(4)],
             "secrets": [keys.given for keys in self.keys],
             "words": [self.words(member) for member in range(4)],
             "survivors": ready.survivors,
