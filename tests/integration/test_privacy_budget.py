@@ -10,12 +10,14 @@ import pytest
 
 from fedoppu.client.ledger import PrivacyBudget, VaultLedger
 from fedoppu.common.accounting import gaussian_epsilon, sampled_epsilon
-from fedoppu.common.config import FederationConfig, PrivacySettings
+from fedoppu.common.config import FederationConfig, PrivacySettings, SecAggSettings
 from fedoppu.common.errors import DataError, RoundAborted
 from fedoppu.common.privacy import PrivacySpent
+from fedoppu.common.randomness import Randomness
 from fedoppu.server.charges import Charge, ChargeLedger
 from fedoppu.server.checkpoint import PRIVATE, AttemptLog, AttemptState
 from fedoppu.server.cohort import PoissonSampler
+from fedoppu.simulations.helper import pinned_helper
 from fedoppu.simulations.runtime import SimulatedMember
 from tests.fake_federation import CONFIG, Federation, federation, files, shared_config
 
@@ -204,6 +206,26 @@ def test_run_that_had_stopped_stays_stopped(tmp_path: Path) -> None:
     assert again.records == first.records
     assert charged(tmp_path) == spent
     assert len(told) == 2
+
+
+@pytest.mark.parametrize("mode", ["graph", "two_server"])
+def test_charge_is_durable_before_anybody_is_asked_for_a_vector(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    config = private(2, epsilon=None)
+    if mode == "two_server":
+        secagg = SecAggSettings("two_server")
+        config = pinned_helper(replace(config, secagg=secagg), Randomness.from_seed(3))
+    seen: list[bool] = []
+
+    def look(member: SimulatedMember, stage: str, plan: Any) -> bool:
+        if stage in ("train.masked", "train.sealed"):
+            seen.append((plan.round, plan.attempt) in charged(tmp_path))
+        return False
+
+    monkeypatch.setattr(SimulatedMember, "drops", look)
+    federation(tmp_path, config).run()
+    assert seen == [True] * 2 * config.cohort
 
 
 def test_attempt_that_fails_after_vectors_were_sent_stays_charged(
