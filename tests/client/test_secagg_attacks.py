@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedoppu.client.dealing import hash_package
 from fedoppu.client.policy import ClientPolicy
 from fedoppu.client.secagg import Phase, SecAggClient
 from fedoppu.common.config import ThresholdSettings
@@ -42,6 +43,42 @@ def test_share_for_another_recipient_or_from_another_dealer_is_not_held() -> Non
     bundles[4] = replace(bundles[4], member=3)
     federation.clients[0].receive(replace(event, bundles=bundles))
     assert set(federation.clients[0]._state.held) == {3}
+
+
+def test_bundle_in_another_dealers_place_is_not_held() -> None:
+    """Else its shares would be revealed as another's: a survivor's key, as if it had dropped."""
+    federation = Federation(5)
+    event = delivery(federation)
+    client = federation.clients[0]
+    client.receive(replace(event, bundles={**event.bundles, 4: event.bundles[3]}))
+    assert set(client._state.held) == {1, 2, 3}
+    assert client._state.complaints == (4,)
+
+
+@pytest.mark.parametrize(("share", "held"), [(b"\x00" + b"\xff" * 32, True), (b"\xff" * 33, False)])
+def test_share_that_is_no_field_element_is_not_held(share: bytes, held: bool) -> None:
+    """Its dealer hashed it; a holder that revealed it would be named for the dealer's lie."""
+    federation = Federation(5)
+    event = delivery(federation)
+    client, dealer = federation.clients[0], federation.clients[2]
+    cohort = dealer._formed()
+    link = cohort.channel_link(2, 0)
+    package = cohort.exchange.load(dealer._state.channel).seal(2 * share, link)
+    hashes = hash_package(cohort, 2, 0, 2 * share)
+    bad = replace(event.bundles[2], packages={0: package}, share_hashes={0: hashes})
+    client.receive(replace(event, bundles={**event.bundles, 2: bad}))
+    assert (2 in client._state.held) == held
+
+
+def test_private_keys_are_overwritten_when_the_packages_are_open() -> None:
+    federation = Federation(5)
+    event, client = delivery(federation), federation.clients[0]
+    keys = (client._state.channel, client._state.mask)
+    assert all(map(any, keys))
+    client.receive(event)
+    assert not any(map(any, keys))
+    assert not client._state.channel
+    assert not client._state.mask
 
 
 @pytest.mark.parametrize(
