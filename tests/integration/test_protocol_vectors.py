@@ -145,6 +145,7 @@ def test_adverts_cohort_and_graphs() -> None:
     context = told["context"]
     for one in told["adverts"]:
         assert one["identity_private"] == identity(one["member"])
+        assert one["identity"] == second.identity_of(identity(one["member"]))
         assert one["channel_key"] == second.public(one["channel_private"])
         assert one["mask_key"] == second.public(one["mask_private"])
         assert one["seed_commitment"] == second.commitment(context, one["member"], one["seed"])
@@ -273,10 +274,7 @@ def test_two_servers() -> None:
     message = second.encode("fedoppu mask sum", context, *sets, words_hash)
     assert message == told["mask_sum_signed"]
     assert told["mask_sum_signature"] == second.sign(helper, message)
-    assert (
-        told["helper"][32:]
-        == second.Ed25519PrivateKey.from_private_bytes(helper).public_key().public_bytes_raw()
-    )
+    assert told["helper"][32:] == second.identity_of(helper)
 
 
 def test_seeds_that_were_sealed_to_the_helper() -> None:
@@ -363,6 +361,7 @@ def test_second_client_sends_the_same_adverts_and_bundles(attempt: Attempt) -> N
         attempt.scope.cohort,
     )
     for me, given in enumerate(attempt.told["secrets"]):
+        assert attempt.told["identities"][me] == second.identity_of(identity(me))
         made: Any = {
             "member": me,
             "seed_commitment": second.commitment(attempt.context, me, given["seed"]),
