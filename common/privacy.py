@@ -68,11 +68,12 @@ class Participation:
     """Who takes part, and how often.
 
     Attributes:
-        members: Members of the roster that may be asked (N).
+        members: Members of the roster that may be asked (N); the most, if it changed between the rounds.
         cohort: Members asked in a round: exactly (fixed), or expected (poisson: each with rate q = cohort / members).
         floor: Fewest members in a cohort; with poisson, a smaller one is no round.
         rounds: Rounds, or attempts at one, in which vectors were sent or will be.
         most: Most of these rounds that any one member sent a vector in.
+        fewest: Least N of any of the rounds, if it changed; 0 if it did not.
     """
 
     members: int
@@ -80,11 +81,12 @@ class Participation:
     floor: int
     rounds: int
     most: int
+    fewest: int = 0
 
     @property
     def rate(self) -> float:
-        """Chance of each member to be in a Poisson cohort (q)."""
-        return self.cohort / self.members
+        """Largest chance of a member to be in a Poisson cohort (q)."""
+        return self.cohort / (self.fewest or self.members)
 
 
 def sensitivity(plan: RoundPlan) -> float:
@@ -298,8 +300,13 @@ def require_cohorts(participation: Participation, delta: float) -> None:
 
 
 def _shortfall(participation: Participation) -> float:
-    """Chance that any round's cohort is below the floor, at most (the sum over the rounds)."""
-    one = poisson_shortfall(participation.members, participation.rate, participation.floor)
+    """Chance that any round's cohort is below the floor, at most (the sum over the rounds).
+
+    It adds to delta as it stands, without exp(epsilon): one user turns a short cohort into a round only if one member
+    lacked, and then only with chance `rate`.
+    """
+    rate = participation.cohort / participation.members  # of the most, whose cohorts vary most
+    one = poisson_shortfall(participation.members, rate, participation.floor)
     return min(1.0, participation.rounds * one)
 
 

@@ -25,11 +25,13 @@ class Charge:
         run_id: Hex, of the run.
         round: From 1.
         attempt: From 0.
+        members: In the roster then, which sets the chance of each to be asked.
     """
 
     run_id: str
     round: int
     attempt: int
+    members: int
 
 
 class ChargeLedger:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from fedoppu.common.agreed import agreed_noise
 from fedoppu.common.config import FederationConfig
-from fedoppu.common.errors import RoundAborted
+from fedoppu.common.errors import ProtocolError, RoundAborted
 from fedoppu.common.integer_noise import discrete_gaussian
 from fedoppu.common.matrix_factorization import largest_scale, noise_of_rounds
 from fedoppu.common.privacy import (
@@ -50,6 +50,7 @@ from fedoppu.common.quantization import decode_levels, mean_of_levels, require_n
 from fedoppu.common.randomness import Randomness
 from fedoppu.common.rounds import RoundPlan, SumReady
 from fedoppu.server.attempt import Outcome, decode_exactly
+from fedoppu.server.charges import Charge
 
 Noise = NDArray[np.int64]
 
@@ -69,13 +70,14 @@ class PrivacyMechanism(Protocol):
 
         Raises:
             RoundAborted: A total is out of the survivors' reach.
+            ProtocolError: The same, where no other attempt may be made.
         """
 
-    def affords(self, rounds: Sequence[int]) -> bool:
-        """Whether attempts at these rounds, all of them charged, are within the budget."""
+    def affords(self, charges: Sequence[Charge]) -> bool:
+        """Whether these attempts together are within the budget."""
 
-    def spent(self, rounds: Sequence[int]) -> PrivacySpent | None:
-        """What attempts at these rounds cost together; None where there is no mechanism."""
+    def spent(self, charges: Sequence[Charge]) -> PrivacySpent | None:
+        """What these attempts cost together; None where there is no mechanism."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,11 @@ class NoPrivacy:
         """The weighted mean."""
         return decode_exactly(ready, plan)
 
-    def affords(self, rounds: Sequence[int]) -> bool:
+    def affords(self, charges: Sequence[Charge]) -> bool:
         """Always."""
         return True
 
-    def spent(self, rounds: Sequence[int]) -> PrivacySpent | None:
+    def spent(self, charges: Sequence[Charge]) -> PrivacySpent | None:
         """No figure."""
         return None
 
@@ -141,6 +143,7 @@ class GaussianPrivacy:
 
         Raises:
             RoundAborted: A noised total is out of the survivors' reach.
+            ProtocolError: The same in dp_ftrl, whose round has noise for one sum.
         """
         survivors = ready.survivors
         noise = self._noise(plan, survivors)
@@ -163,9 +166,15 @@ class GaussianPrivacy:
         try:
             return decode_levels(noised.words, bounds, noised.survivors)
         except RoundAborted:  # its message has a figure, which no release accounts for
-            raise RoundAborted(
+            what = (
                 f"round {plan.round} attempt {plan.attempt}: a noised total is out of the survivors' "
                 "reach, so some client sent what it must not; the sum is discarded"
+            )
+            if self.config.privacy.mechanism != "dp_ftrl":
+                raise RoundAborted(what) from None
+            # another attempt's sum would get the same noise, and this one told something of it
+            raise ProtocolError(
+                what, hint="the run ends here: a round of dp_ftrl has one noise, for one sum"
             ) from None
 
     def _noise(self, plan: RoundPlan, survivors: Sequence[int]) -> Noise:
@@ -208,17 +217,15 @@ class GaussianPrivacy:
 
     # --- the budget ------------------------------------------------------------------------------
 
-    def affords(self, rounds: Sequence[int]) -> bool:
-        """Whether attempts at these rounds are within the config's epsilon; always, if it has none."""
-        part = self._participation(rounds)
+    def affords(self, charges: Sequence[Charge]) -> bool:
+        """Whether these attempts are within the config's epsilon; always, if it has none."""
+        part = participation(self.config, self.members, charges)
         return affordable(self.config.privacy, part, steady=self._steady)
 
-    def spent(self, rounds: Sequence[int]) -> PrivacySpent:
-        """What attempts at these rounds cost together."""
-        return spent(self.config.privacy, self._participation(rounds), steady=self._steady)
-
-    def _participation(self, rounds: Sequence[int]) -> Participation:
-        return participation(self.config, self.members, rounds)
+    def spent(self, charges: Sequence[Charge]) -> PrivacySpent:
+        """What these attempts cost together."""
+        part = participation(self.config, self.members, charges)
+        return spent(self.config.privacy, part, steady=self._steady)
 
 
 class NoiseTape:
@@ -256,18 +263,28 @@ class NoiseTape:
         return self._noise
 
 
-def participation(config: FederationConfig, members: int, rounds: Sequence[int]) -> Participation:
-    """Who takes part in attempts at some rounds, and how often at most.
+def participation(
+    config: FederationConfig, members: int, charges: Sequence[Charge]
+) -> Participation:
+    """Who takes part in some attempts, and how often at most.
 
     In dp_ftrl members take turns: one is asked only in rounds that are equal modulo `separation`.
+    A roster that grows lowers the rate of what comes, and not of what was.
+
+    Args:
+        config: Of the federation.
+        members: In the roster now.
+        charges: The attempts.
     """
-    turns = Counter(number % config.privacy.separation for number in rounds)
+    turns = Counter(charge.round % config.privacy.separation for charge in charges)
+    sizes = [members, *(charge.members for charge in charges)]
     return Participation(
-        members=members,
+        members=max(sizes),
         cohort=config.cohort,
         floor=config.thresholds.floor + config.thresholds.corrupt,
-        rounds=len(rounds),
+        rounds=len(charges),
         most=max(turns.values(), default=0),
+        fewest=min(sizes),
     )
 
 

@@ -277,19 +277,23 @@ class Rounds:
             state.cohort
         ):
             return True
-        charges, own = self._charges(state.round), _charge_of(state)
-        rounds = [charge.round for charge in charges]
-        return own in charges or self.runtime.privacy.affords([*rounds, state.round])
+        charges, own = self._charges(state.round), self._own(state)
+        return own in charges or self.runtime.privacy.affords([*charges, own])
 
     def _charge(self, state: AttemptState) -> None:
         """Durable before it returns, whatever becomes of the attempt."""
         if self.runtime.config.privacy.mechanism != "none":
-            self.runtime.charges.add(_charge_of(state), self._charges(state.round))
+            self.runtime.charges.add(self._own(state), self._charges(state.round))
+
+    def _own(self, state: AttemptState) -> Charge:
+        """The charge of an attempt."""
+        members = len(self.runtime.roster.members)
+        return Charge(state.run_id, state.round, state.attempt, members)
 
     def _spent(self, number: int) -> PrivacySpent | None:
         if self.runtime.config.privacy.mechanism == "none":
             return None
-        return self.runtime.privacy.spent([charge.round for charge in self._charges(number)])
+        return self.runtime.privacy.spent(self._charges(number))
 
     # --- the commit ------------------------------------------------------------------------------
 
@@ -334,10 +338,6 @@ def _require_same(stored: RoundPlan, plan: RoundPlan) -> None:
             "make: configuration, roster or model were changed",
             hint="go on with those that the run began with",
         )
-
-
-def _charge_of(state: AttemptState) -> Charge:
-    return Charge(state.run_id, state.round, state.attempt)
 
 
 def _record(

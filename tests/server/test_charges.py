@@ -7,7 +7,7 @@ import pytest
 from fedoppu.common.errors import DataError
 from fedoppu.server.charges import CHARGES, Charge, ChargeLedger
 
-FIRST, AGAIN, SECOND = (Charge("ab" * 16, 1, 0), Charge("ab" * 16, 1, 1), Charge("ab" * 16, 2, 0))
+FIRST, AGAIN, SECOND = (Charge("ab" * 16, *at, 8) for at in ((1, 0), (1, 1), (2, 0)))
 
 
 def test_charges_are_there_for_the_next_process(tmp_path: Path) -> None:

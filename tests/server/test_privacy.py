@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedoppu.common.accounting import gaussian_epsilon
+from fedoppu.common.accounting import gaussian_epsilon, sampled_epsilon
 from fedoppu.common.config import FederationConfig, PrivacySettings, ThresholdSettings
-from fedoppu.common.errors import RoundAborted, UsageError
+from fedoppu.common.errors import ProtocolError, RoundAborted, UsageError
 from fedoppu.common.integer_noise import discrete_gaussian
 from fedoppu.common.matrix_factorization import correlated_noise
 from fedoppu.common.privacy import sensitivity
 from fedoppu.common.quantization import VectorLayout
 from fedoppu.common.randomness import Randomness
 from fedoppu.common.rounds import RoundPlan, SumReady
+from fedoppu.server.charges import Charge
 from fedoppu.server.privacy import (
     GaussianPrivacy,
     NoiseTape,
@@ -57,6 +58,10 @@ def config(mechanism: Any, **changes: Any) -> FederationConfig:
     return replace(CONFIG, privacy=settings, thresholds=thresholds, cohort=20)
 
 
+def attempts(*rounds: int, members: int = MEMBERS) -> list[Charge]:
+    return [Charge(PLAN.run_id, number, place, members) for place, number in enumerate(rounds)]
+
+
 def mechanism_of(name: Any, **changes: Any) -> GaussianPrivacy:
     return GaussianPrivacy(config(name, **changes), ROOT, MEMBERS)
 
@@ -86,8 +91,8 @@ def test_no_mechanism_adds_nothing_and_promises_nothing() -> None:
     none: PrivacyMechanism = privacy_of(CONFIG, ROOT, MEMBERS)
     assert isinstance(none, NoPrivacy)
     assert none.complete(PLAN, 20) == PLAN
-    assert none.affords([1] * 1000)
-    assert none.spent([1]) is None
+    assert none.affords(attempts(*[1] * 1000))
+    assert none.spent(attempts(1)) is None
 
 
 @pytest.mark.parametrize("survivors", [14, 20])
@@ -138,15 +143,17 @@ def test_the_same_sum_gets_the_same_noise_and_no_other_sum_does() -> None:
         assert abs(np.corrcoef(first, other)[0, 1]) < 0.05
 
 
-@pytest.mark.parametrize("mechanism", ["central", "distributed", "dp_ftrl"])
-def test_total_out_of_reach_is_refused_without_a_figure(mechanism: str) -> None:
+@pytest.mark.parametrize(
+    ("mechanism", "kind"),
+    # the noise of a round of dp_ftrl is for one sum: after a look at it there is no other attempt
+    [("central", RoundAborted), ("distributed", RoundAborted), ("dp_ftrl", ProtocolError)],
+)
+def test_total_out_of_reach_is_refused_without_a_figure(mechanism: str, kind: Any) -> None:
     own = mechanism_of(mechanism)
     plan = own.complete(PLAN, 20)
     ready = zero_sum(plan, 20)
     ready.words[7] = 2**31
-    with pytest.raises(
-        RoundAborted, match="a noised total is out of the survivors' reach"
-    ) as error:
+    with pytest.raises(kind, match="a noised total is out of the survivors' reach") as error:
         own.decode(ready, plan)
     assert not any(part.isdigit() and len(part) > 2 for part in str(error.value).split())
 
@@ -212,11 +219,21 @@ def test_noise_of_one_run_is_not_that_of_another() -> None:
 
 def test_turns_bound_how_often_a_member_took_part() -> None:
     own = config("dp_ftrl", separation=3)
-    part = participation(own, MEMBERS, [1, 2, 3, 4, 4, 5])
+    part = participation(own, MEMBERS, attempts(1, 2, 3, 4, 4, 5))
     assert (part.rounds, part.most) == (6, 3)  # rounds 1, 4 and the second attempt at 4
-    assert GaussianPrivacy(own, ROOT, MEMBERS).spent([1, 2, 3]).released == gaussian_epsilon(
-        1.5, 1, 1e-5
-    )
+    assert GaussianPrivacy(own, ROOT, MEMBERS).spent(
+        attempts(1, 2, 3)
+    ).released == gaussian_epsilon(1.5, 1, 1e-5)
+
+
+def test_roster_that_grows_makes_no_earlier_round_cheaper() -> None:
+    own = config("central", sampling="poisson")
+    small = GaussianPrivacy(own, ROOT, 25).spent(attempts(1, 2, 3, members=25))
+    grown = GaussianPrivacy(own, ROOT, 1000).spent(attempts(1, 2, 3, members=25))
+    assert grown.released == small.released == sampled_epsilon(1.5, 20 / 25, 3, 1e-5)
+    large = GaussianPrivacy(own, ROOT, 1000).spent(attempts(1, 2, 3, members=1000))
+    assert large.released < small.released / 5
+    assert grown.delta == large.delta > small.delta  # large cohorts vary most
 
 
 def test_no_round_costs_nothing() -> None:
@@ -227,5 +244,5 @@ def test_no_round_costs_nothing() -> None:
 def test_budget_is_compared_with_what_the_released_models_cost() -> None:
     two = gaussian_epsilon(1.5, 2, 1e-5)
     mechanism = mechanism_of("central", epsilon=two)
-    assert mechanism.affords([1, 2])
-    assert not mechanism.affords([1, 2, 3])
+    assert mechanism.affords(attempts(1, 2))
+    assert not mechanism.affords(attempts(1, 2, 3))
