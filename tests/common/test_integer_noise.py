@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedoppu.common.errors import UsageError
-from fedoppu.common.integer_noise import discrete_gaussian
+from fedoppu.common.integer_noise import _propose, discrete_gaussian
 
 KEY = bytes(range(32))
 
@@ -102,6 +102,17 @@ def test_neighbouring_samples_and_other_keys_are_independent() -> None:
     third = discrete_gaussian(bytes(31) + b"\x02", 1000.0, 100_000)
     assert (other != third).mean() > 0.99
     assert abs(np.corrcoef(other, third)[0, 1]) < 5 / np.sqrt(100_000)
+
+
+@pytest.mark.parametrize("scale", [4.0, 6.0, 1e6 + 0.5])
+def test_uniforms_beyond_whole_turns_are_refused(scale: float) -> None:
+    """Else small remainders would be likelier, by one in 2^63 / scale: no sample can show that."""
+    steps = int(scale) + 1
+    whole = 2**63 // steps * steps
+    likely, sure = np.full(3, 2**64 - 1, np.uint64), np.zeros(3, np.uint64)
+    draws = np.array([whole - steps, whole, 2**63 - 1], np.uint64) << np.uint64(1)
+    assert _propose(draws[:1], likely[:1], sure[:1], scale).tolist() == [0]
+    assert _propose(draws, likely, sure, scale).size == 1
 
 
 def test_scale_zero_is_no_noise() -> None:
