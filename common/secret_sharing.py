@@ -98,6 +98,7 @@ def restore_checked(
 
     Shares that are all on one polynomial are seen to be. Otherwise up to (shares - threshold) / 2
     wrong ones are found by decoding, more by leaving some out as long as there are few ways to.
+    Errors that were made to cancel in the secret leave it right, and `wrong` may then name the others.
 
     Args:
         shares: Of unique holders.

@@ -201,9 +201,22 @@ def test_wrong_shares_beyond_half_the_surplus_are_found_where_few_can_be_left_ou
         )
     )
     shares = split(SECRET, range(size), threshold=threshold, entropy=entropy)
-    for holder in wrong:
-        value = (int.from_bytes(shares[holder].value, "big") + 7) % PRIME
+    for holder in wrong:  # errors of their own: see the next test
+        error = int.from_bytes(hashlib.sha256(b"%d" % holder).digest(), "big")
+        value = (int.from_bytes(shares[holder].value, "big") + error) % PRIME
         shares[holder] = Share(holder, value.to_bytes(SHARE_BYTES, "big"))
     restored = restore_checked(shares.values(), threshold, check=lambda found: found == SECRET)
     assert restored is not None
     assert restored.wrong == tuple(sorted(wrong))
+
+
+def test_errors_that_cancel_at_zero_restore_the_secret_and_may_name_the_wrong_holders() -> None:
+    """Both wrong shares and the secret are on a line: whoever dealt them so is the liar anyway."""
+    shares = split(SECRET, range(4), threshold=2, entropy=entropy)
+    for holder in (1, 3):  # places 2 and 4: errors 2 and 4 times the same
+        value = (int.from_bytes(shares[holder].value, "big") + 7 * (holder + 1)) % PRIME
+        shares[holder] = Share(holder, value.to_bytes(SHARE_BYTES, "big"))
+    restored = restore_checked(shares.values(), 2, check=lambda found: found == SECRET)
+    assert restored is not None
+    assert restored.secret == SECRET
+    assert restored.wrong in ((1, 3), (0, 2))
