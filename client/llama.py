@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 
 from fedoppu.client.batches import Row
 from fedoppu.client.llama_adapters import PackedAdapters
-from fedoppu.client.llama_attention import AttentionPlan, HeadShape, attention_plan
+from fedoppu.client.llama_attention import AttentionPlan, HeadShape, Indices, attention_plan
 from fedoppu.client.llama_ops import attend, gated, norm, rotated
 from fedoppu.client.llama_packing import Packed, pack_rows, split_rows
 from fedoppu.client.multi_lora import Level
@@ -83,9 +83,9 @@ class _Pass:
     Attributes:
         adapters: Over all tokens, and over `outputs` alone.
         plans: Attention of the layers below the last, and of the last.
-        turns: Rotary tables of keys, (T, 1, half head) cosine and sine.
-        asking: The same of queries, divided by the root of the head width: the scale of the
-            scores costs nothing there.
+        turns: Rotary tables of keys, (T, key heads, head width) cosine and sine.
+        asking: The same of queries, (T, heads, head width), divided by the root of the head
+            width: the scale of the scores costs nothing there.
         outputs: (outputs,) tokens at which answers are predicted.
     """
 
@@ -136,17 +136,24 @@ class LlamaEngine:
             attention_plan(stretches, packed.positions, self._heads, dtype=self._model.dtype)
             for stretches in (packed.stretches, packed.last)
         ]
-        wide = torch.zeros(1, dtype=torch.float32, device=self._model.device)
-        tables = self._model.model.rotary_emb(wide, self._tensor(packed.positions)[None])
-        cosine, sine = (table[0, :, None, : table.shape[-1] // 2] for table in tables)
-        scale, dtype = self._layers[0].self_attn.scaling, self._model.dtype
         return _Pass(
             adapters=(adapters, adapters.at(outputs, packed.output_starts)),
             plans=(plans[0], plans[1]),
-            turns=(cosine.to(dtype), sine.to(dtype)),
-            asking=((cosine * scale).to(dtype), (sine * scale).to(dtype)),
+            turns=self._turns(packed.positions, self._heads.key_heads),
+            asking=self._turns(
+                packed.positions, self._heads.heads, self._layers[0].self_attn.scaling
+            ),
             outputs=outputs,
         )
+
+    def _turns(self, positions: Indices, heads: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(T, heads, head width) rotary tables times a scale; the sine with the sign of its half."""
+        wide = torch.zeros(1, dtype=torch.float32, device=self._model.device)
+        cosine, sine = self._model.model.rotary_emb(wide, self._tensor(positions)[None])
+        first, second = sine[0].chunk(2, -1)
+        signed = torch.cat((-first, second), -1)
+        tables = [(table * scale).to(self._model.dtype) for table in (cosine[0], signed)]
+        return tables[0][:, None].repeat(1, heads, 1), tables[1][:, None].repeat(1, heads, 1)
 
     def _layer(self, index: int, hidden: Tensor, run: _Pass) -> Tensor:
         """(T, width) after one layer; after the last one (outputs, width)."""

@@ -30,7 +30,8 @@ class _Norm(Function):
         """With f the factor and g = dy * w: dx = f (g - x f^2 mean(g x))."""
         x, weight, factor = ctx.saved_tensors
         inner, wide = (gradients[0] * weight).float(), x.float()
-        along = (inner * wide).mean(-1, keepdim=True).mul_(factor.square()).neg_()
+        along = torch.linalg.vecdot(inner, wide).unsqueeze(-1).div_(-x.shape[-1])
+        along.mul_(factor.square())
         return inner.addcmul_(wide, along).mul_(factor).to(x.dtype), None, None
 
 
@@ -51,36 +52,33 @@ class _Gated(Function):
 
 
 class _Rotated(Function):
-    """Rotary positions (Su et al. 2021); the backward is the rotation by the opposite angle."""
+    """Rotary positions (Su et al. 2021); the backward is the rotation by the opposite angle.
+
+    The tables are as wide as x: without broadcasting each pass is one long loop, 2-4 times as fast.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         ctx.save_for_backward(cosine, sine)
-        return _rotate(x, cosine, sine, 1)
+        return (x * cosine).add_(_halves_swapped(x).mul_(sine))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
-        return _rotate(gradients[0], cosine, sine, -1), None, None
+        (turned,) = gradients
+        return (turned * cosine).sub_(_halves_swapped(turned).mul_(sine)), None, None
 
 
-def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, sign: int) -> Tensor:
+def _halves_swapped(x: Tensor) -> Tensor:
     half = x.shape[-1] // 2
-    turned = torch.empty_like(x)
-    for part, other, direction in ((0, 1, -sign), (1, 0, sign)):
-        into, own, across = (
-            tensor[..., place * half : (place + 1) * half]
-            for tensor, place in ((turned, part), (x, part), (x, other))
-        )
-        torch.mul(own, cosine, out=into)
-        into.addcmul_(across, sine, value=direction)
-    return turned
+    return torch.cat((x[..., half:], x[..., :half]), -1)
 
 
 class _Adapted(Function):
     """Adds B_u A_u x to the output rows of each user u; the users' rows follow each other.
 
-    The adapters compute in float32 whatever the base computes in.
+    The factors, what is between them, and their gradients are float32 whatever the base computes
+    in; a product whose result is added to the base's has the base's dtype, in one pass.
     """
 
     @staticmethod
@@ -90,7 +88,7 @@ class _Adapted(Function):
         inner = torch.empty(len(x), a.shape[1], dtype=torch.float32, device=x.device)
         for user, span in enumerate(_slices(spans)):
             torch.mm(x[span].float(), a[user].t(), out=inner[span])
-            _add_product(output[span], inner[span], b[user].t())
+            output[span].addmm_(inner[span].to(x.dtype), b[user].t().to(x.dtype))
         ctx.mark_dirty(output)
         ctx.save_for_backward(x, inner, a, b)
         ctx.spans = spans
@@ -116,19 +114,12 @@ class _Adapted(Function):
             if of_a is not None:
                 torch.mm(inward.t(), x[span].float(), out=of_a[user])
             if of_x is not None:
-                of_x[span] = inward @ a[user]
+                torch.mm(inward.to(x.dtype), a[user].to(x.dtype), out=of_x[span])
         return gradient, of_x, of_a, of_b, None
 
 
 def _slices(spans: tuple[int, ...]) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(spans)]
-
-
-def _add_product(output: Tensor, left: Tensor, right: Tensor) -> None:
-    if output.dtype == torch.float32:
-        output.addmm_(left, right)
-    else:
-        output.add_(left @ right)
 
 
 class _Attended(Function):
@@ -200,7 +191,13 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """(T, heads, head width) with each pair of coordinates turned; tables (T, 1, head width / 2)."""
+    """Turns each pair of coordinates of x.
+
+    Args:
+        x: (T, heads, head width).
+        cosine: Like x.
+        sine: Like x; negative in the first half of a head.
+    """
     return _Rotated.apply(x, cosine, sine)  # type: ignore[no-any-return,no-untyped-call]
 
 

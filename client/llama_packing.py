@@ -18,6 +18,8 @@ from fedoppu.client.llama_attention import Indices, Stretch
 
 # tokens of one pass: enough for large products, and little enough memory
 PASS_TOKENS = 4096
+# queries that are attended together: below the diagonal no key is scored in vain
+MAX_QUERIES = 128
 # a shorter prefix is not worth the additional group of queries
 MIN_SHARED = 16
 
@@ -112,7 +114,7 @@ class _Layout:
         self._starts.append(self._end)
         prefix = self._take(rows[0].example.prompt[:shared], 0)
         if shared:
-            self._stretches.append(Stretch(prefix, prefix))
+            self._attend(prefix, prefix)
         for index, row in enumerate(rows):
             if index:
                 self._starts.append(self._end)
@@ -121,8 +123,15 @@ class _Layout:
             keys = np.concatenate([prefix, own])
             outputs = own[len(example.prompt) - shared - 1 :]
             self._outputs.append(outputs)
-            self._stretches.append(Stretch(own, keys))
+            self._attend(own, keys)
             self._last.append(Stretch(outputs, keys))
+
+    def _attend(self, queries: Indices, keys: Indices) -> None:
+        """Cuts queries at the end of `keys` into stretches that see no later key."""
+        before = len(keys) - len(queries)
+        for start in range(0, len(queries), MAX_QUERIES):
+            end = min(start + MAX_QUERIES, len(queries))
+            self._stretches.append(Stretch(queries[start:end], keys[: before + end]))
 
     def _take(self, tokens: NDArray[np.int32], position: int) -> Indices:
         places = np.arange(self._end, self._end + len(tokens))

@@ -35,7 +35,7 @@ class PeftUser:
             target_modules=[target.name for target in spec.targets],
         )
         self.job = job
-        self.model = get_peft_model(merged(base, job.frozen).to(dtype), config)
+        self.model = get_peft_model(merged(base, job.frozen), config).to(dtype)
         self.parameters: dict[str, torch.nn.Parameter] = {}
         for name, parameter in self.model.named_parameters():
             if "lora_" in name:
