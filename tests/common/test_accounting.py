@@ -405,3 +405,10 @@ def test_moments_of_a_discrete_gaussian_are_the_gaussians(scale: float, shift: f
     x = np.arange(-400, 401, dtype=np.float64)
     total = np.exp(-((x - shift) ** 2) / (2 * scale**2)).sum() / (scale * math.sqrt(2 * math.pi))
     assert abs(total - 1) <= 2.1 * math.exp(-2 * (math.pi * scale) ** 2) + 1e-13
+
+
+@pytest.mark.parametrize("z", [0.3, 0.7, 1.0, 1.9, 3.1, 8.0, 40.0])
+@pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-9])
+def test_epsilon_of_one_gaussian_is_never_a_little_too_small(z: float, delta: float) -> None:
+    """The last step of the bisection goes up: at the epsilon that is told, delta holds."""
+    assert gaussian_delta(z, gaussian_epsilon(z, 1, delta)) <= delta * (1 + 1e-13)
