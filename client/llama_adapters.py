@@ -72,6 +72,8 @@ class PackedAdapters:
 
 def _pick(stacked: Tensor, slots: Indices) -> Tensor:
     """(runs, ...) the adapters of some runs, without a copy where it can be avoided."""
+    if len(stacked) == 1:  # one for all, as the frozen A of a federation's users
+        return stacked.expand(len(slots), -1, -1)
     if np.array_equal(slots, np.arange(len(stacked))):
         return stacked
     return stacked.index_select(0, torch.from_numpy(slots).to(stacked.device))
