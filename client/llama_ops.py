@@ -107,7 +107,8 @@ class _Adapted(Function):
         for user, span in enumerate(_slices(ctx.spans)):
             wide = gradient[span].float()
             if of_b is not None:
-                torch.mm(wide.t(), inner[span], out=of_b[user])
+                # this way round, since a product with few columns is 4 times as slow
+                of_b[user] = (inner[span].t() @ wide).t()
             if of_a is None and of_x is None:
                 continue
             inward = wide @ b[user]

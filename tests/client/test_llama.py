@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import (
     GPT2Config,
@@ -20,10 +22,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from fedoppu.client.batches import Row
 from fedoppu.client.engine import Engine, GenericEngine, engine_for
 from fedoppu.client.group import Group
 from fedoppu.client.jobs import ClientJob, Example, TrainedAdapter
 from fedoppu.client.llama import LlamaEngine, fast_path
+from fedoppu.client.llama_attention import HeadShape, Stretch, attention_plan, gather_sum
+from fedoppu.client.llama_packing import Packed, pack_rows, split_rows
 from fedoppu.client.model import DTYPES, LoadedBase, load_base, resolve_base
 from fedoppu.client.plans import Plan
 from fedoppu.client.training import BatchedTrainer
@@ -285,3 +290,71 @@ def test_a_model_that_the_fast_path_would_get_wrong_is_left_to_the_generic_one(
 def test_a_model_of_the_families_takes_the_fast_path(base: LoadedBase) -> None:
     assert fast_path(base.model) is None
     assert isinstance(engine_for(base), LlamaEngine)
+
+
+def packed(prefixes: Sequence[Sequence[int]], *, share: bool = True) -> Packed:
+    """Rows of one user whose prompts begin as given, each with a token of its own behind."""
+    rows = [
+        Row(0, Example(np.array([*prefix, 200 + i], np.int32), np.array([7, 8], np.int32)), i)
+        for i, prefix in enumerate(prefixes)
+    ]
+    return pack_rows(rows, share=share)
+
+
+def test_what_all_rows_of_a_user_begin_with_is_laid_out_once() -> None:
+    start = list(range(10, 50))
+    found = packed([start, start, start])
+    assert len(found.tokens) == len(start) + 3 * 2
+    assert found.tokens.tolist() == [*start, *(t for i in range(3) for t in (200 + i, 7))]
+    assert found.positions.tolist() == [*range(40), *[40, 41] * 3]
+    assert found.tokens[found.outputs].tolist() == [200, 7, 201, 7, 202, 7]
+    assert found.starts.tolist() == [0, 42, 44, 46]
+    for stretch, own in zip(found.last, ([200, 7], [201, 7], [202, 7]), strict=True):
+        assert found.tokens[stretch.keys].tolist() == [*start, *own]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_prefix_that_is_short_or_not_wanted_is_not_shared(share: bool) -> None:
+    start = list(range(10, 50 if not share else 20))
+    assert len(packed([start, start], share=share).tokens) == 2 * (len(start) + 2)
+
+
+def test_the_token_that_predicts_an_answer_is_never_shared() -> None:
+    """Two rows that are the same but for their answers."""
+    prompt = np.arange(10, 40, dtype=np.int32)
+    rows = [Row(0, Example(prompt, np.array([i], np.int32)), i) for i in range(2)]
+    found = pack_rows(rows, share=True)
+    assert len(found.tokens) == 29 + 2
+    assert found.tokens[found.outputs].tolist() == [39, 39]
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300)), min_size=1, max_size=12))
+def test_every_query_and_key_of_a_plan_is_found_where_its_group_put_it(
+    shapes: list[tuple[int, int]],
+) -> None:
+    stretches, positions, end = [], [], 0
+    for own, before in shapes:
+        keys = np.arange(end, end + own + before)
+        stretches.append(Stretch(keys[before:], keys))
+        positions.append(np.arange(own + before))
+        end += own + before
+    heads = HeadShape(heads=4, key_heads=2)
+    plan = attention_plan(stretches, np.concatenate(positions), heads, dtype=torch.float32)
+    asked = sum(own for own, _ in shapes) * 4
+    queries = torch.cat([group.queries for group in plan.groups])
+    assert torch.equal(queries[plan.found], torch.arange(asked))
+    once = torch.ones(sum(len(group.keys) for group in plan.groups), 1)
+    assert torch.equal(gather_sum(once, plan), torch.ones(end * 2, 1))
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60)), max_size=12), st.integers(1, 90))
+def test_rows_are_cut_into_passes_in_their_order(shapes: list[tuple[int, int]], most: int) -> None:
+    answer = np.array([5], np.int32)
+    rows = [
+        Row(owner, Example(np.full(length, 9, np.int32), answer))
+        for owner, length in sorted(shapes)
+    ]
+    passes = list(split_rows(rows, most))
+    assert [index for taken in passes for index in taken] == list(range(len(rows)))
+    for taken in passes:
+        assert len(taken) == 1 or sum(rows[index].length for index in taken) <= most
