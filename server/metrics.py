@@ -139,13 +139,13 @@ def read_privacy(data: Mapping[str, Any]) -> PrivacySpent:
 def privacy_text(spent: PrivacySpent) -> str:
     """What was spent for people, in one line; epsilons are rounded up."""
     return (
-        f"epsilon {_rounded_up(spent.released)} (members {_rounded_up(spent.peers)}, server "
-        f"{_rounded_up(spent.server)}; delta {spent.delta:.2g}, {ADJACENCIES[spent.adjacency]})"
+        f"epsilon {rounded_up(spent.released)} (members {rounded_up(spent.peers)}, server "
+        f"{rounded_up(spent.server)}; delta {spent.delta:.3g}, {ADJACENCIES[spent.adjacency]})"
     )
 
 
-def _rounded_up(epsilon: float) -> str:
-    """Three digits."""
+def rounded_up(epsilon: float) -> str:
+    """Three digits, never less than it is."""
     if epsilon == math.inf:
         return "no bound"
     step = 10.0 ** (math.floor(math.log10(epsilon)) - 2) if epsilon > 0 else 1.0

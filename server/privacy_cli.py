@@ -12,6 +12,7 @@ from fedoppu.common.config import PrivacySettings
 from fedoppu.common.merging import Settings, build, read_dotlist
 from fedoppu.common.privacy import Adjacency
 from fedoppu.common.setting_checks import check_settings
+from fedoppu.server.metrics import rounded_up
 from fedoppu.server.privacy_plan import Federation, PrivacyPlan, fitting_range, plan_privacy
 
 app = typer.Typer()
@@ -210,8 +211,7 @@ def _why(federation: Federation, z: float) -> str:
 
 
 def _epsilon(name: str, value: float, who: str, adjacency: Adjacency) -> str:
-    shown = "no bound" if value == math.inf else f"{value:.3g}"
-    return _line(name, f"{shown:<9} {who}; {ADJACENCY[adjacency]}")
+    return _line(name, f"{rounded_up(value):<9} {who}; {ADJACENCY[adjacency]}")
 
 
 def _levels(scale: float) -> str:

@@ -101,7 +101,7 @@ def test_bounds_without_the_extra_are_said_to_be_larger(monkeypatch: pytest.Monk
         monkeypatch.setattr(module, "has_pld", lambda: False)
     printed = text("noise_multiplier=1")
     assert "by Renyi bounds; pip install 'fedoppu[dp]' shows less epsilon" in printed
-    assert "released    7.97" in printed
+    assert "released    7.98" in printed
 
 
 @pytest.mark.parametrize(
@@ -147,3 +147,11 @@ def test_wrong_settings_are_one_line_with_exit_code_2(settings: list[str], messa
 def test_counts_may_be_written_with_an_exponent() -> None:
     federation = read_federation(["users=1e6", "cohort=1e3", "parameters=1e5"])
     assert (federation.users, federation.cohort, federation.parameters) == (10**6, 1000, 100_000)
+
+
+def test_no_epsilon_that_is_shown_is_below_what_it_is() -> None:
+    told = text("noise_multiplier=0.9", "rounds=37")
+    plan = plan_privacy(read_federation(["noise_multiplier=0.9", "rounds=37"]))
+    for what, value in (("released", plan.spent.released), ("members", plan.spent.peers)):
+        shown = float(told.split(what)[1].split()[0])
+        assert value <= shown < value * 1.01
