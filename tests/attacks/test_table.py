@@ -38,7 +38,10 @@ A4: Mapping[str, tuple[str, ...]] = {
         "test_both_secrets_of_one_owner",
         "integration/test_protocol_machine.py::test_schedules_would_show_that_a_rule_is_missing",
     ),
-    "second unmask": ("test_second_unmask",),
+    "second unmask": (
+        "test_second_unmask",
+        "test_opening_of_another_run_does_not_overtake_an_unmask_reply",
+    ),
     "own key in the roster": (
         "test_own_advert_must_be_in_the_cohort",
         "test_identity_of_another_under_ones_own_number",

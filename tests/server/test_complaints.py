@@ -112,6 +112,20 @@ def test_dealer_that_cannot_be_restored_ends_the_round_before_anything_is_asked(
     assert federation.server.asked_to_unmask == ()
 
 
+def test_dealer_that_those_who_signed_cannot_restore_ends_the_round_before_anything_is_asked() -> (
+    None
+):
+    """All complaints were well when it was there; then it dropped, and three holders are left."""
+    settings = ThresholdSettings(floor=2, corrupt=1, max_drop=0.3)
+    drops = {Exchange.CONSISTENCY: frozenset({2})}
+    federation = Federation(5, settings=settings, drops=drops)  # t = 4 of 5
+    complaining(federation, 1, (2,))
+    match = r"ended in query\.consistency: member 2 has 3 live holders of its shares, 4 must be"
+    with pytest.raises(RoundAborted, match=match):
+        federation.run()
+    assert federation.server.asked_to_unmask == ()
+
+
 def revealed(federation: Federation) -> dict[int, tuple[frozenset[int], frozenset[int]]]:
     return {
         event.member: (frozenset(event.seed_shares), frozenset(event.key_shares))

@@ -299,6 +299,27 @@ def test_wrong_share_is_skipped_and_its_holder_named(share: bytes, hybrid: bool)
     assert ready.liars == {2: "revealed a wrong share of member 6"}
 
 
+def test_share_that_is_no_field_element_is_skipped_though_its_dealer_hashed_it() -> None:
+    """Dealer and holder lie together: restoring from it would raise, and end more than the round."""
+    federation = Federation(7, drops={Exchange.MASKED: frozenset({6})})
+    share = b"\xff" * SHARE_BYTES
+
+    def cheat(event: ClientEvent) -> ClientEvent:
+        if not isinstance(event, ShareBundle):
+            return event
+        scope = federation.server._formed().scope
+        hashed = bytes(10) + hash_share(scope, "key", 6, holder=2, share=share)
+        changed = replace(event, share_hashes={**event.share_hashes, 2: hashed})
+        signature = federation.people[6].sign(bundle_bytes(scope, changed))
+        return replace(changed, signature=signature)
+
+    lying_replies(federation, 2, lambda reply: replace(reply, key_shares={6: share}))
+    federation.tamper = {**federation.tamper, 6: cheat}
+    ready = federation.run()
+    assert (ready.words == federation.plain_sum((0, 1, 2, 3, 4, 5))).all()
+    assert 2 in ready.liars
+
+
 def test_too_many_wrong_shares_end_the_round() -> None:
     federation = Federation(7, drops={Exchange.MASKED: frozenset({6})})  # t = 4 of 6
     for member in (1, 2, 3):
