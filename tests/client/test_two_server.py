@@ -11,7 +11,7 @@ from fedoppu.client.two_server import require_sealed_plan, seal_update
 from fedoppu.common.errors import ProtocolError, RefusedByPolicy
 from fedoppu.common.masking import add_masks
 from fedoppu.common.signing import verify
-from fedoppu.common.two_server import claim_bytes, seal_info, seed_mask
+from fedoppu.common.two_server import HelperKeys, claim_bytes, seal_info, seed_mask
 from tests.integration.two_server_harness import TwoServers
 
 LAST = LastRound("", 0, -1, False, value_range=0.5)
@@ -34,6 +34,20 @@ def test_no_clear_copy_is_left() -> None:
     update = seal_update(words, made.plan, made.people[2], helper=made.keys, keys=OsKeySource())
     assert update.words is words
     assert (words != made.words(2)).any()
+
+
+def test_seed_is_overwritten_when_it_is_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen = TwoServers(), []
+    seal = HelperKeys.seal_seed
+
+    def watched(keys: HelperKeys, seed: bytearray, context: bytes, member: int) -> bytes:
+        assert any(seed)
+        seen.append(seed)
+        return seal(keys, seed, context, member)
+
+    monkeypatch.setattr(HelperKeys, "seal_seed", watched)
+    made.update(2)
+    assert seen == [bytes(32)]
 
 
 def test_signature_is_the_members_over_words_and_seed() -> None:

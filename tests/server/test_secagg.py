@@ -476,3 +476,14 @@ def test_aborted_round_is_over() -> None:
     assert not federation.server.sufficient
     with pytest.raises(ProtocolError, match="came after the round was aborted"):
         federation.server.receive(StageEnded())
+
+
+def test_aborted_round_has_forgotten_the_masked_sum_and_the_replies() -> None:
+    drops = {Exchange.UNMASK: frozenset(range(3))}
+    federation = Federation(5, drops=drops)
+    federation.until(Exchange.UNMASK)
+    assert federation.server._sum.any()
+    with pytest.raises(RoundAborted):
+        federation.step(federation.server.pending())
+    assert not federation.server._sum.any()
+    assert not federation.server._state.replies
