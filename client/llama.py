@@ -36,6 +36,9 @@ from fedoppu.client.multi_lora import Level
 FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 # rotary tables that depend on the length of the text are left to the generic path
 ROTARY = ("default", "linear", "llama3", "yarn")
+# bytes that one pass keeps for its backward, and the tokens that such a pass may have
+PASS_BYTES = 600e6
+FEWEST_TOKENS, MOST_TOKENS = 1024, 8192
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -55,6 +58,18 @@ def fast_path(model: PreTrainedModel) -> str | None:
     if any(type(module) is not nn.Linear for module in _linears(model).values()):
         return "its linear layers are not plain ones"
     return None
+
+
+def pass_tokens(model: PreTrainedModel) -> int:
+    """Tokens of one pass: the more the faster (8192 is 6-8 % faster than 4096), within memory.
+
+    A layer keeps about eight tensors as wide as the base and three as its MLP, and the scores.
+    """
+    config = cast(Any, model).config
+    scores = 256 * config.num_attention_heads
+    kept = 8 * config.hidden_size + 3 * config.intermediate_size + scores
+    token = config.num_hidden_layers * kept * model.dtype.itemsize
+    return min(MOST_TOKENS, max(FEWEST_TOKENS, int(PASS_BYTES / token)))
 
 
 def _windows(config: Any) -> set[int | None]:
@@ -108,11 +123,13 @@ class LlamaEngine:
             config.num_attention_heads, config.num_key_value_heads, *_windows(config)
         )
 
+        self._pass_tokens = pass_tokens(model)
+
     def passes(self, rows: Sequence[Row], *, share: bool) -> "list[PackedPass]":
         """Rows as passes; with `share`, what a user's rows begin with is computed once."""
         return [
             PackedPass.of(self, [rows[index] for index in picked], np.array(picked), share=share)
-            for picked in split_rows(rows)
+            for picked in split_rows(rows, self._pass_tokens)
         ]
 
     def losses(self, packed: Packed, targets: Tensor, levels: Sequence[Level]) -> Tensor:

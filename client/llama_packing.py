@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from fedoppu.client.batches import Row
 from fedoppu.client.llama_attention import Indices, Stretch
 
-# tokens of one pass: enough for large products, and little enough memory
-PASS_TOKENS = 4096
 # queries that are attended together: below the diagonal no key is scored in vain
 MAX_QUERIES = 128
 # a shorter prefix is not worth the additional group of queries
@@ -48,7 +46,7 @@ class Packed:
     last: tuple[Stretch, ...] = field(repr=False)
 
 
-def split_rows(rows: Sequence[Row], most: int = PASS_TOKENS) -> Iterator[list[int]]:
+def split_rows(rows: Sequence[Row], most: int) -> Iterator[list[int]]:
     """Cuts rows, in their order, into passes of at most `most` tokens; at least one row each.
 
     A user's rows stay together where they fit, so that their prefix is shared.

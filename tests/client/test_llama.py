@@ -26,7 +26,7 @@ from fedoppu.client.batches import Row
 from fedoppu.client.engine import Engine, GenericEngine, engine_for
 from fedoppu.client.group import Group
 from fedoppu.client.jobs import ClientJob, Example, TrainedAdapter
-from fedoppu.client.llama import LlamaEngine, fast_path
+from fedoppu.client.llama import LlamaEngine, fast_path, pass_tokens
 from fedoppu.client.llama_attention import HeadShape, Stretch, attention_plan, gather_sum
 from fedoppu.client.llama_packing import Packed, pack_rows, split_rows
 from fedoppu.client.model import DTYPES, LoadedBase, load_base, resolve_base
@@ -43,7 +43,7 @@ from tests.client.engine import (
     spec_of,
     with_settings,
 )
-from tests.client.peft_loop import PeftUser
+from tests.client.peft_loop import PeftUser, bulk_distance
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 SIZES = {
@@ -170,18 +170,6 @@ def test_gradients_of_one_step_equal_those_of_autograd_through_peft(
         )
         assert relative(found, expected) <= 1e-6
         assert relative(found, other) <= 2e-6
-
-
-def bulk_distance(job: ClientJob, found: Adapter, expected: Adapter) -> float:
-    """L2 norm of the difference relative to the movement, but for one coordinate of a thousand.
-
-    Where a gradient is within rounding of zero, Adam makes a step of any size of it; which
-    coordinates those are is chance, and there are a few in every group.
-    """
-    moved = movement(job, expected)
-    differences = np.sort(np.abs(movement(job, found) - moved))
-    kept = differences[: -max(1, len(differences) // 1000)]
-    return float(np.linalg.norm(kept) / np.linalg.norm(moved))
 
 
 def trained(base: LoadedBase, engine: Engine, jobs: Sequence[ClientJob]) -> list[Adapter]:
@@ -358,3 +346,9 @@ def test_rows_are_cut_into_passes_in_their_order(shapes: list[tuple[int, int]], 
     assert [index for taken in passes for index in taken] == list(range(len(rows)))
     for taken in passes:
         assert len(taken) == 1 or sum(rows[index].length for index in taken) <= most
+
+
+def test_a_pass_of_a_large_base_has_fewer_tokens() -> None:
+    assert pass_tokens(llama()) == 8192
+    large = {**SIZES, "hidden_size": 128, "intermediate_size": 6000, "num_hidden_layers": 3}
+    assert 1024 < pass_tokens(LlamaForCausalLM(LlamaConfig(**large))) < 8192  # type: ignore[arg-type]

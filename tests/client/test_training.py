@@ -29,7 +29,7 @@ from tests.client.engine import (
     spec_of,
     with_settings,
 )
-from tests.client.peft_loop import PeftUser, distance
+from tests.client.peft_loop import PeftUser, bulk_distance, distance
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 COUNTS = (5, 13, 1, 8)
@@ -67,7 +67,7 @@ def test_each_user_of_a_group_ends_where_peft_alone_does(
     spec = spec_of(base, "q_proj", "v_proj")
     jobs = [with_settings(fresh_job(spec, i, n), **changes) for i, n in enumerate(COUNTS)]
     for job, found in zip(jobs, train(base, jobs), strict=True):
-        assert distance(job, found.adapter, PeftUser(base, job).train()) <= 2e-4
+        assert bulk_distance(job, found.adapter, PeftUser(base, job).train()) <= 2e-4
 
 
 def test_a_personal_adapter_on_a_frozen_shared_one_ends_where_peft_on_the_merged_base_does(
@@ -76,7 +76,7 @@ def test_a_personal_adapter_on_a_frozen_shared_one_ends_where_peft_on_the_merged
     spec = spec_of(base, "all-linear")
     jobs = [fresh_job(spec, i, n, shared) for i, n in enumerate(COUNTS[:2])]
     for job, found in zip(jobs, train(base, jobs), strict=True):
-        assert distance(job, found.adapter, PeftUser(base, job).train()) <= 2e-4
+        assert bulk_distance(job, found.adapter, PeftUser(base, job).train()) <= 2e-4
         assert found.adapter.parent == shared.digest()
 
 
@@ -90,7 +90,7 @@ def test_a_factor_that_is_not_trainable_stays_byte_for_byte(
         for i, n in enumerate((5, 3))
     ]
     for job, found in zip(jobs, train(base, jobs), strict=True):
-        assert distance(job, found.adapter, PeftUser(base, job).train()) <= 2e-4
+        assert bulk_distance(job, found.adapter, PeftUser(base, job).train()) <= 2e-4
         for name, tensor in job.start.tensors.items():
             same = tensor.tobytes() == found.adapter.tensors[name].tobytes()
             assert same == (name[-1] not in trainable)
@@ -108,7 +108,7 @@ def test_a_proximal_term_pulls_as_half_the_squared_distance_does(base: LoadedBas
     pulled, free = jobs[1], replace(with_settings(jobs[1], proximal=0.0), anchor=None)
     trained = train(base, [*jobs, free])
     for job, found in zip(jobs, trained[:2], strict=True):
-        assert distance(job, found.adapter, PeftUser(base, job).train()) <= 2e-4
+        assert bulk_distance(job, found.adapter, PeftUser(base, job).train()) <= 2e-4
     assert distance(pulled, trained[2].adapter, trained[1].adapter) > 0.1
 
 
@@ -252,7 +252,7 @@ def test_jobs_of_different_shapes_are_answered_in_their_order(
     ]
     for job, found in zip(jobs, train(base, jobs, group=3), strict=True):
         assert found.id == job.id
-        assert distance(job, found.adapter, PeftUser(base, job).train()) <= 2e-4
+        assert bulk_distance(job, found.adapter, PeftUser(base, job).train()) <= 2e-4
 
 
 def broken(job: ClientJob) -> dict[str, tuple[ClientJob, str]]:
