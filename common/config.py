@@ -312,6 +312,17 @@ class ResearchSettings:
 
 
 @dataclass(frozen=True)
+class RaySettings:
+    """Where engine=ray works.
+
+    Attributes:
+        address: host:port of a cluster, or auto; null starts Ray on this machine.
+    """
+
+    address: str | None = None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything a simulated run depends on.
 
@@ -329,7 +340,7 @@ class RunConfig:
         profile: none, template or llm; each value is a federation of its own.
         seed: Root of all random choices.
         seeds: Number of seeds, pooled in one table: seed, seed + 1, ...
-        engine: local, or flower (Flower's simulation engine).
+        engine: local, ray (groups as Ray tasks), or flower (Flower's simulation engine).
         workers: Processes that train and score.
         threads: Intra-op threads of each; part of the result.
         group_users: Users trained in one pass; part of the result.
@@ -353,7 +364,7 @@ class RunConfig:
     profile: tuple[ProfileKind, ...] = ("none",)
     seed: int = 0
     seeds: int = 1
-    engine: Literal["local", "flower"] = "local"
+    engine: Literal["local", "ray", "flower"] = "local"
     workers: int = 1
     threads: int = 1
     group_users: int = 6
@@ -362,6 +373,7 @@ class RunConfig:
     resamples: int = 10_000
     arms: tuple[str, ...] = ("all",)
     out: str | None = None
+    ray: RaySettings = field(default_factory=RaySettings)
     shared: SharedSettings = field(default_factory=SharedSettings)
     personal: PersonalSettings = field(default_factory=PersonalSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)

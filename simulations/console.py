@@ -35,14 +35,18 @@ class Console:
         """Prints a line of progress."""
         self._progress.print(text, markup=False, soft_wrap=True)
 
+    def tell(self, text: str) -> None:
+        """Prints a line on standard error, whatever the settings say about progress."""
+        RichConsole(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+
     def warn(self, text: str) -> None:
         """Prints a warning, whatever the settings say about progress."""
         RichConsole(stderr=True, highlight=False).print(
             f"warning: {text}", style="yellow", markup=False, soft_wrap=True
         )
 
-    def round_done(self, record: Row, rounds: int) -> None:
-        """Prints one round of the shared phase, from its deterministic metrics."""
+    def round_done(self, record: Row, rounds: int, *, left: float | None = None) -> None:
+        """Prints one round of the shared phase, from its deterministic metrics, and the seconds left."""
         parts = [f"round {record['round']:>3}/{rounds}"]
         if record["cohort"] is not None:  # a Poisson cohort is not published, nor what counts it
             parts += [
@@ -57,13 +61,24 @@ class Console:
         else:
             loss = record["held_out_loss"]
             parts.append(f"held-out loss {'-' if loss is None else f'{loss:.3f}'}")
+        if (
+            left and record["cohort"] is not None
+        ):  # nor how long a round takes, which tells its size
+            parts.append(f"about {left:.0f} s left")
         self.say("  " + "  ".join(parts))
 
-    def steps(self, name: str, work: Iterable[T], total: int) -> Iterator[T]:
-        """Yields from `work` and says how far it is, with the time that is left."""
+    def steps(self, name: str, work: Iterable[T], total: int, *, before: int = 0) -> Iterator[T]:
+        """Yields from `work` and says how far it is, with the time that is left.
+
+        Args:
+            name: Of the steps, for people.
+            work: Does a step when it is asked for the next.
+            total: Number of steps.
+            before: Steps that were done in an earlier process; they tell nothing of the time.
+        """
         begun = time.monotonic()
-        for done, result in enumerate(work, 1):
-            left = (time.monotonic() - begun) / done * (total - done)
+        for done, result in enumerate(work, before + 1):
+            left = (time.monotonic() - begun) / (done - before) * (total - done)
             self.say(
                 f"  {name} {done}/{total}" + (f"  about {left:.0f} s left" if done < total else "")
             )

@@ -1,18 +1,22 @@
 """The personal phase and the evaluation of one federation: groups of users to trained adapters, answers and scores."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from fedoppu.client.tasks import Task
 from fedoppu.common.commit import commit_file
 from fedoppu.common.config import RunConfig
 from fedoppu.common.errors import UsageError
 from fedoppu.common.randomness import Randomness
-from fedoppu.simulations.baselines import OwnHistory, majority, prior_shift, wrong_users
+from fedoppu.simulations.baselines import majority, prior_shift, wrong_users
 from fedoppu.simulations.console import Console
 from fedoppu.simulations.executors import GroupExecutor
+from fedoppu.simulations.ledger import Ledger
 from fedoppu.simulations.personal import (
     SCORED_ARMS,
     TRAINED_ARMS,
@@ -83,17 +87,15 @@ def chosen_arms(run: RunConfig) -> tuple[str, ...]:
 
 
 def evaluate(work: Evaluation, executor: GroupExecutor, console: Console) -> tuple[Arm, ...]:
-    """Trains every adapter and scores every arm.
+    """Trains every adapter and scores every arm; groups that are finished are not worked on again.
 
     Raises:
         ClientFailed: A user's job failed.
     """
     arms = chosen_arms(work.run)
-    needed = _answered(arms)
-    rows = _train(work, executor, console, tuple(arm for arm in TRAINED_ARMS if arm in arms))
-    _write_rows(work.folder / "personal.jsonl", rows)
-    answers = _score(work, executor, console, needed)
-    return tuple(arm for arm in _arms(work, answers) if arm.arm in arms)
+    _train(work, executor, console, tuple(arm for arm in TRAINED_ARMS if arm in arms))
+    scored = _score(work, executor, console, _answered(arms))
+    return tuple(arm for arm in _together(scored) if arm.arm in arms)
 
 
 def _answered(arms: Sequence[str]) -> tuple[str, ...]:
@@ -110,56 +112,99 @@ def _groups(work: Evaluation) -> list[tuple[str, ...]]:
 
 def _train(
     work: Evaluation, executor: GroupExecutor, console: Console, arms: tuple[str, ...]
-) -> list[TrainedRow]:
-    if not arms:
-        return []
-    pooled = _pooled(work) if "population" in arms else {}
-    groups = [
-        TrainGroup(
-            users,
-            arms,
-            work.shared,
-            work.adapters,
-            {user: pooled[user] for user in users if pooled},
-        )
-        for users in _groups(work)
-    ]
-    done = console.steps("personal adapters", executor.map(train_group, groups), len(groups))
-    return [row for rows in done for row in rows]
+) -> None:
+    """Leaves adapters/, and personal.jsonl: a line for each adapter."""
+    groups = _groups(work) if arms else []
+    ledger = Ledger(work.folder / "groups" / "trained", groups)
+    pooled = _pool(work) if "population" in arms else None
+
+    def reference(number: int) -> TrainGroup:
+        users = groups[number]
+        drawn = {user: pooled(user) for user in users} if pooled else {}
+        return TrainGroup(users, arms, work.shared, work.adapters, drawn)
+
+    def record(rows: Sequence[TrainedRow]) -> list[dict[str, Any]]:
+        return [asdict(row) for row in rows]
+
+    finished = ledger.finish(executor, train_group, reference=reference, record=record)
+    _watch(console, "personal adapters", ledger, finished)
+    lines = (_lines(rows) for rows in ledger.records())
+    commit_file(work.folder / "personal.jsonl", b"".join(lines))
 
 
-def _pooled(work: Evaluation) -> Mapping[str, tuple[tuple[str, int], ...]]:
+def _pool(work: Evaluation) -> Callable[[str], tuple[tuple[str, int], ...]]:
+    """Draws the population arm of a user, when its group's turn comes."""
     sizes = history_lengths(work.users, work.task.name)
-    return pooled_items(sizes, work.users.target, newest=work.newest, randomness=work.randomness)
+
+    def draw(user: str) -> tuple[tuple[str, int], ...]:
+        return pooled_items(sizes, [user], newest=work.newest, randomness=work.randomness)[user]
+
+    return draw
+
+
+def _watch(console: Console, name: str, ledger: Ledger, finished: Iterator[int]) -> None:
+    """Works until the last group is finished, and says how far it is."""
+    total, missing = len(ledger.groups), len(ledger.missing())
+    if missing < total:
+        console.say(f"  {name} {total - missing}/{total} were done before")
+    for _ in console.steps(name, finished, total, before=total - missing):
+        pass
 
 
 def _score(
     work: Evaluation, executor: GroupExecutor, console: Console, arms: tuple[str, ...]
-) -> GroupAnswers:
-    wrong = (
-        wrong_users(work.users.target, work.run.personal.wrong_users, randomness=work.randomness)
-        or {}
-    )
-    groups = [
-        ScoreGroup(
-            users, arms, work.shared, work.adapters, {user: wrong[user] for user in users if wrong}
-        )
-        for users in _groups(work)
+) -> Iterator[list[Arm]]:
+    """The arms of each group, in the order of the groups, one group at a time."""
+    groups = _groups(work)
+    ledger = Ledger(work.folder / "groups" / "scored", groups)
+    count = work.run.personal.wrong_users
+    wrong = wrong_users(work.users.target, count, randomness=work.randomness) or {}
+
+    def reference(number: int) -> ScoreGroup:
+        users = groups[number]
+        others = {user: wrong[user] for user in users if wrong}
+        return ScoreGroup(users, arms, work.shared, work.adapters, others)
+
+    def record(answers: GroupAnswers) -> list[dict[str, Any]]:
+        return [_as_data(arm) for arm in _arms(work, answers)]
+
+    finished = ledger.finish(executor, score_group, reference=reference, record=record)
+    _watch(console, "scored groups", ledger, finished)
+    return ([_from_data(arm) for arm in part] for part in ledger.records())
+
+
+def _as_data(arm: Arm) -> dict[str, Any]:
+    users = [
+        vars(scores) | {"sums": {name: sums.tolist() for name, sums in scores.sums.items()}}
+        for scores in arm.users
     ]
-    done = console.steps("scored groups", executor.map(score_group, groups), len(groups))
-    return _merge(list(done))
+    return {"arm": arm.arm, "control": arm.control, "users": users}
 
 
-def _merge(parts: Sequence[GroupAnswers]) -> GroupAnswers:
-    results: dict[tuple[str, int | None], list[QueryResult]] = {}
-    histories: dict[str, OwnHistory] = {}
-    answers: dict[str, tuple[str, ...]] = {}
+def _from_data(data: Mapping[str, Any]) -> Arm:
+    """The inverse of `_as_data`, exactly: sums are (replicas, width) float64."""
+    users = tuple(
+        UserScores(
+            own["user"],
+            own["queries"],
+            own["values"],
+            {name: np.array(sums, dtype=np.float64) for name, sums in own["sums"].items()},
+        )
+        for own in data["users"]
+    )
+    return Arm(data["arm"], data["control"], users)
+
+
+def _together(parts: Iterable[Sequence[Arm]]) -> list[Arm]:
+    """Each arm over the users of all groups, sorted: of a user, only the scores are held."""
+    users: dict[tuple[str, str | None], list[UserScores]] = {}
     for part in parts:
-        for key, values in part.results.items():
-            results.setdefault(key, []).extend(values)
-        histories |= part.histories
-        answers |= part.answers
-    return GroupAnswers(results, histories, answers)
+        for arm in part:
+            users.setdefault((arm.arm, arm.control), []).extend(arm.users)
+    return [
+        Arm(arm, control, tuple(sorted(scores, key=lambda one: one.user)))
+        for (arm, control), scores in users.items()
+    ]
 
 
 def _arms(work: Evaluation, answers: GroupAnswers) -> Iterator[Arm]:
@@ -196,6 +241,5 @@ def _oracle(
     )
 
 
-def _write_rows(path: Path, rows: Sequence[TrainedRow]) -> None:
-    lines = [json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows]
-    commit_file(path, "".join(lines).encode())
+def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode()

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
@@ -26,7 +26,7 @@ R = TypeVar("R")
 class GroupExecutor(Protocol):
     """Runs a module-level function on each group and yields the results in the order of the groups."""
 
-    def map(self, work: Callable[[Worker, G], R], groups: Sequence[G]) -> Iterator[R]:
+    def map(self, work: Callable[[Worker, G], R], groups: Iterable[G]) -> Iterator[R]:
         """Yields `work(worker, group)` for each group."""
 
 
@@ -42,7 +42,7 @@ class InProcess:
         """Keep the spec; the worker is opened with the first group."""
         self._spec = spec
 
-    def map(self, work: Callable[[Worker, G], R], groups: Sequence[G]) -> Iterator[R]:
+    def map(self, work: Callable[[Worker, G], R], groups: Iterable[G]) -> Iterator[R]:
         """Yields `work(worker, group)` for each group."""
         for group in groups:
             yield run_group(self._spec, work, group)
@@ -57,7 +57,7 @@ class Processes:
         self._pool = pool
         self._ahead = 2 * workers
 
-    def map(self, work: Callable[[Worker, G], R], groups: Sequence[G]) -> Iterator[R]:
+    def map(self, work: Callable[[Worker, G], R], groups: Iterable[G]) -> Iterator[R]:
         """Yields `work(worker, group)` for each group.
 
         Raises:

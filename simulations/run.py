@@ -1,20 +1,24 @@
 """The main job: every federation of a run, from users to a table, in a run folder.
 
-    runs/<time>/                       config.yaml, metrics.jsonl, timing.jsonl, table.json, report.html
+    runs/<time>/                       config.yaml, run.json, metrics.jsonl, timing.jsonl, table.json, report.html
       seed-0/LaMP_2N/users/            the virtual users
       seed-0/LaMP_2N/k0-none/          one federation: config.yaml, metrics.jsonl, timing.jsonl, table.json
         rounds/                        a checkpoint for each round
+        groups/                        a file for each group of users that is trained, or scored
         shared/                        the shared adapter, a PEFT folder
         adapters/{arm}/{user}/         personal adapters, PEFT folders
 
 `metrics.jsonl`, `table.json` and the adapters depend on the settings alone: not on the number of workers, the load of
-the machine or the time. What does is in `timing.jsonl`.
+the machine or the time. What does is in `timing.jsonl`. A run that was killed, at any moment, can be resumed: durable
+rounds and groups are kept, all else is a function of the settings and is done again.
 """
 
 import json
+import shlex
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,9 +28,9 @@ from fedoppu.client.tasks import TASKS
 from fedoppu.common.adapter_files import save_adapter
 from fedoppu.common.base import BaseFacts
 from fedoppu.common.commit import commit_file
-from fedoppu.common.config import RunConfig, as_flat, to_yaml
+from fedoppu.common.config import RunConfig, to_yaml
 from fedoppu.common.defaults import federation, personal_settings
-from fedoppu.common.errors import UsageError
+from fedoppu.common.errors import FedoppuError, UsageError
 from fedoppu.common.randomness import Randomness
 from fedoppu.simulations.console import Console
 from fedoppu.simulations.evaluation import Evaluation, chosen_arms, evaluate
@@ -34,6 +38,7 @@ from fedoppu.simulations.executors import Workforce
 from fedoppu.simulations.helper import pinned_helper
 from fedoppu.simulations.panels import ArmScores
 from fedoppu.simulations.printing import print_table
+from fedoppu.simulations.ray_executor import RayWorkforce, import_ray
 from fedoppu.simulations.report import write_report
 from fedoppu.simulations.results import (
     FederationResult,
@@ -44,6 +49,7 @@ from fedoppu.simulations.results import (
     privacy_records,
     report_data,
 )
+from fedoppu.simulations.run_folder import begin, held, is_finished, read_run, take_up
 from fedoppu.simulations.shared import SharedPhase, train_shared
 from fedoppu.simulations.statistics import BootstrapSettings
 from fedoppu.simulations.table import Table, build_table, write_table
@@ -64,28 +70,102 @@ def simulate(run: RunConfig, console: Console) -> dict[str, Any]:
     Raises:
         FedoppuError: A setting, a record or a client stopped the run; the message says which.
     """
-    base = _checked(run)
-    folder = _open_folder(run)
-    _warn(run, console)
-    with Workforce(run.workers) as workforce:
-        results = [
-            _run_federation(phase, workforce, console)
-            for phase in _phases(run, base, folder, console)
-        ]
-    table = _finish(folder, run, results)
+    base = _checked(run, place=run)
+    folder = Path(run.out or f"runs/{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}")
+    with held(folder):
+        begin(folder, run, base.hash)
+        return _work(Work(run, base, folder, run), console)
+
+
+def resume(folder: Path, settings: Sequence[str], console: Console) -> dict[str, Any]:
+    """Goes on with a run that was killed; its files end in the bytes of a run that was not.
+
+    Args:
+        folder: Of the run.
+        settings: key=value; only what no result depends on may differ.
+        console: Says how far it is.
+
+    Returns:
+        What machines read: the folder and the rows of the table.
+
+    Raises:
+        UsageError: There is no run, it is of another version, base or settings, or another process
+            works on it.
+        FedoppuError: A record or a client stopped the run; the message says which.
+    """
+    begun, place = read_run(folder, settings)
+    if is_finished(folder):
+        done = f"the run in {folder} is finished: nothing is left to do"
+        console.tables.print(done, markup=False, soft_wrap=True)
+        rows = json.loads((folder / "table.json").read_bytes())["rows"]
+        return {"folder": str(folder), "rows": rows}
+    base = _checked(begun, place=place)
+    with held(folder):
+        take_up(folder, base.hash)
+        return _work(Work(begun, base, folder, place), console)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run that is under way.
+
+    Attributes:
+        run: The settings that its results follow.
+        base: Facts of the base.
+        folder: Gets its results.
+        place: The same settings, but for where its groups are worked on.
+    """
+
+    run: RunConfig
+    base: BaseFacts
+    folder: Path
+    place: RunConfig
+
+
+def _work(work: Work, console: Console) -> dict[str, Any]:
+    with _resumable(work.folder, console):
+        _warn(work.run, console)
+        with _workforce(work.place) as workforce:
+            results = [
+                _run_federation(phase, workforce, console)
+                for phase in _phases(work.run, work.base, work.folder, console)
+            ]
+        table = _finish(work.folder, work.run, results)
     for line in privacy_lines(results):
         console.tables.print(line, markup=False, soft_wrap=True)
     print_table(table, console.tables)
-    console.say(f"run folder: {folder}")
+    console.say(f"run folder: {work.folder}")
     return {
-        "folder": str(folder),
+        "folder": str(work.folder),
         "rows": [asdict(row) for row in table.rows],
         **({"privacy": privacy} if (privacy := privacy_records(results)) else {}),
     }
 
 
-def _checked(run: RunConfig) -> BaseFacts:
+def _workforce(place: RunConfig) -> Workforce | RayWorkforce:
+    if place.engine == "ray":
+        return RayWorkforce(place.ray.address, place.workers)
+    return Workforce(place.workers)
+
+
+@contextmanager
+def _resumable(folder: Path, console: Console) -> Iterator[None]:
+    """Says how to go on with a run that ends early."""
+    how = f"to go on: fedoppu simulate --resume {shlex.quote(str(folder))}"
+    try:
+        yield
+    except FedoppuError:  # says itself what is to be repaired first
+        console.say(how)
+        raise
+    except BaseException:
+        console.tell(how)
+        raise
+
+
+def _checked(run: RunConfig, *, place: RunConfig) -> BaseFacts:
     """Everything that can be wrong with the settings is found before anything is written."""
+    if place.engine == "ray":
+        import_ray()
     chosen_arms(run)
     if run.data is not None and not Path(run.data).exists():
         raise UsageError(
@@ -100,23 +180,6 @@ def _checked(run: RunConfig) -> BaseFacts:
         SharedPhase.check(probe, base, personal_settings(run, base, task))
         SharedPhase.check_noise(probe, base, run.base_users)
     return base
-
-
-def _open_folder(run: RunConfig) -> Path:
-    folder = Path(run.out or f"runs/{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}")
-    if (folder / "config.yaml").exists():
-        done = (folder / "report.html").exists()
-        raise UsageError(
-            f"{folder} holds a run already" + ("" if done else ", which did not end"),
-            hint="set out=FOLDER to another folder, or delete this one",
-        )
-    try:
-        commit_file(folder / "config.yaml", to_yaml(as_flat(run)).encode())
-    except OSError as error:
-        raise UsageError(
-            f"{folder} cannot be written to: {error.strerror}", hint="set out=FOLDER"
-        ) from None
-    return folder
 
 
 def _warn(run: RunConfig, console: Console) -> None:
@@ -161,7 +224,9 @@ def _phases(
                     yield SharedPhase(run, base, config, seed, users, home / f"k{k}-{profile}")
 
 
-def _run_federation(phase: SharedPhase, workforce: Workforce, console: Console) -> FederationResult:
+def _run_federation(
+    phase: SharedPhase, workforce: Workforce | RayWorkforce, console: Console
+) -> FederationResult:
     """Shared phase, personal phase, scores; leaves everything but the table in the federation's folder."""
     executor = workforce.executor(phase.spec)
     begun = time.monotonic()

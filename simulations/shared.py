@@ -1,6 +1,8 @@
 """The shared phase of one federation of a run: ServerApp and ClientApps over our own Grid, or Flower's engine."""
 
 import math
+import shutil
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -162,11 +164,14 @@ def train_shared(
     """
     records: list[Record] = []
     timings: list[Record] = []
+    begun, rounds = time.monotonic(), phase.config.rounds
 
     def progress(record: RoundRecord, timing: RoundTiming) -> None:
         records.append(record.as_data())
         timings.append(timing.as_data())
-        console.round_done(records[-1], phase.config.rounds)
+        if record.round > before:
+            pace = (time.monotonic() - begun) / (record.round - before)
+            console.round_done(records[-1], rounds, left=pace * (rounds - record.round))
 
     with simulation_grid() as marker:
         federation = _members(phase, marker)
@@ -174,6 +179,9 @@ def train_shared(
             federation, phase.folder / "rounds", progress=progress, warn=console.warn
         )
         runtime = replace(runtime, stopped=lambda why: console.warn(f"{phase.name}: {why}"))
+        before = _take_up(runtime)
+        if before:
+            console.say(f"  {before} of {rounds} rounds were done before")
         if phase.run.engine == "flower":
             members = MemberSpec(
                 replace(phase.spec, group_users=1),
@@ -185,6 +193,25 @@ def train_shared(
             _run_locally(runtime, SimulatedUsers(federation, executor))
     latest = runtime.checkpoints.latest()
     return latest.adapter if latest else runtime.initial, tuple(records), tuple(timings)
+
+
+def _take_up(runtime: ServerRuntime) -> int:
+    """Number of the committed rounds from which a simulation goes on.
+
+    Who answered in a round that left the model as it was sits out the next (rule 5), and was known
+    to the process that is gone alone: such rounds at the end are set aside and replayed.
+    """
+    store = runtime.checkpoints
+    records = store.records()
+    models = [runtime.initial.digest(), *(record.model_hash for record in records)]
+    count = len(records)
+    while 0 < count < runtime.config.rounds and models[count] == models[count - 1]:
+        last = store.folder / f"{records[count - 1].round:04d}"
+        aside = last.with_name(f".{last.name}.old")
+        last.rename(aside)
+        shutil.rmtree(aside)
+        count -= 1
+    return count
 
 
 def _spec(config: FederationConfig, base: BaseFacts) -> AdapterSpec:

@@ -4,7 +4,7 @@
 generated histories and trained updates; with the research switch on, the same detector finds the same updates.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Listening:
     inner: GroupExecutor
     updates: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
-    def map(self, work: Callable[[Worker, Any], Any], groups: Sequence[Any]) -> Iterator[Any]:
+    def map(self, work: Callable[[Worker, Any], Any], groups: Iterable[Any]) -> Iterator[Any]:
         for result in self.inner.map(work, groups):
             for member, update in result.items():
                 assert isinstance(update, LocalUpdate)

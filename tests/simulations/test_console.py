@@ -64,6 +64,28 @@ def test_steps_pass_results_on_and_say_what_is_left(capsys: pytest.CaptureFixtur
     assert last == "  groups 2/2"
 
 
+def test_steps_that_were_done_before_tell_nothing_of_the_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    list(Console(progress=True, table=True).steps("groups", "ab", 9, before=6))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "  groups 7/9  about 20 s left"
+    assert second == "  groups 8/9  about 10 s left"
+
+
+def test_a_round_says_what_is_left_of_the_shared_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(progress=True, table=True).round_done(RECORD, 12, left=61.4)
+    assert capsys.readouterr().err.endswith("held-out loss 1.234  about 61 s left\n")
+
+
+def test_a_line_can_be_told_to_who_asked_for_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(progress=False, table=False).tell("to go on: [this]")
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "to go on: [this]\n")
+
+
 def test_quiet_still_warns_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(progress=False, table=True)
     console.say("nobody reads this")

@@ -1,6 +1,6 @@
 """From groups of users to arms: who is trained and scored on whom, and what each arm is made of."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class FakeExecutor:
     trained: list[TrainGroup] = field(default_factory=list)
     scored: list[ScoreGroup] = field(default_factory=list)
 
-    def map(self, work: Callable[..., Any], groups: Sequence[Any]) -> Iterator[Any]:
+    def map(self, work: Callable[..., Any], groups: Iterable[Any]) -> Iterator[Any]:
         for group in groups:
             if work is train_group:
                 self.trained.append(group)
@@ -157,7 +157,7 @@ def test_arms_without_a_model_are_made_of_golds_histories_and_answers(work: Eval
 
 def test_without_labels_in_the_histories_there_is_no_prior_to_shift(work: Evaluation) -> None:
     class NoLabels(FakeExecutor):
-        def map(self, work: Callable[..., Any], groups: Sequence[Any]) -> Iterator[Any]:
+        def map(self, work: Callable[..., Any], groups: Iterable[Any]) -> Iterator[Any]:
             for found in super().map(work, groups):
                 if isinstance(found, GroupAnswers):
                     found = replace(found, histories={}, answers=dict.fromkeys(found.answers, ()))
@@ -219,7 +219,7 @@ def test_without_trained_arms_the_record_is_an_empty_file(work: Evaluation) -> N
 
 def test_a_failed_group_ends_the_evaluation(work: Evaluation) -> None:
     class Failing(FakeExecutor):
-        def map(self, work: Callable[..., Any], groups: Sequence[Any]) -> Iterator[Any]:
+        def map(self, work: Callable[..., Any], groups: Iterable[Any]) -> Iterator[Any]:
             raise ClientFailed("the personal adapter of user u3 could not be trained")
 
     with pytest.raises(ClientFailed, match="of user u3"):

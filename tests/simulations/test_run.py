@@ -21,13 +21,14 @@ ROW = {
 TRAINED = ("local", "population", "personal")
 FEDERATION_FILES = {
     *("config.yaml", "metrics.jsonl", "timing.jsonl", "table.json", "personal.jsonl"),
-    *("rounds", "shared", "adapters"),
+    *("rounds", "groups", "shared", "adapters"),
 }
 
 
 def test_the_run_folder_holds_the_files_that_are_documented(small_run: Path) -> None:
     assert {path.name for path in small_run.iterdir()} == {
-        *("config.yaml", "metrics.jsonl", "timing.jsonl", "table.json", "report.html", "seed-0")
+        *("config.yaml", "run.json", "metrics.jsonl", "timing.jsonl", "table.json"),
+        *("report.html", "seed-0"),
     }
     assert [str(path.relative_to(small_run)) for path in federations(small_run)] == [
         "seed-0/LaMP_2N/k0-none",
