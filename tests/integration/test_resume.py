@@ -8,6 +8,7 @@ killed again until it ends.
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,11 +185,24 @@ def test_rounds_that_changed_nothing_are_replayed(tmp_path: Path) -> None:
     whole = finish(settings(f"out={tmp_path / 'whole'}", start=still))
     folder = finish(settings(f"out={tmp_path / 'run'}", start=still))
     (folder / "report.html").unlink()
-    last = next(folder.glob("seed-0/*/*/rounds/0003"))
-    for file in last.iterdir():
-        file.unlink()
-    last.rmdir()
+    shutil.rmtree(next(folder.glob("seed-0/*/*/rounds/0003")))
     assert command("--resume", str(folder), "-q").exit_code == 0
     assert results(folder) == results(whole)
     cohorts = [set(line["cohort"]) for line in lines(folder / "metrics.jsonl")]
     assert not cohorts[0] & cohorts[1]
+
+
+def test_what_was_spent_of_a_privacy_budget_is_charged_once(tmp_path: Path) -> None:
+    """As killed after round 3 was charged, and before it was committed."""
+    private = [
+        *(*LEAST, "rounds=3", "base_users=12", "cohort=4"),
+        *("privacy.mechanism=central", "privacy.noise_multiplier=1.5"),
+    ]
+    whole = finish(settings(f"out={tmp_path / 'whole'}", start=private))
+    folder = finish(settings(f"out={tmp_path / 'run'}", start=private))
+    (folder / "report.html").unlink()
+    shutil.rmtree(next(folder.glob("seed-0/*/*/rounds/0003")))
+    charges = next(folder.glob("seed-0/*/*/rounds/private/charges.json"))
+    assert len(json.loads(charges.read_bytes())) == 3
+    assert command("--resume", str(folder), "-q").exit_code == 0
+    assert results(folder) == results(whole)

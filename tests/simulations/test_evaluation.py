@@ -224,3 +224,34 @@ def test_a_failed_group_ends_the_evaluation(work: Evaluation) -> None:
 
     with pytest.raises(ClientFailed, match="of user u3"):
         evaluate(work, Failing(), QUIET)
+
+
+def test_finished_groups_are_neither_trained_nor_scored_again(work: Evaluation) -> None:
+    class Dies(FakeExecutor):
+        """Is killed with the second group that it scores."""
+
+        def map(self, work: Callable[..., Any], groups: Iterable[Any]) -> Iterator[Any]:
+            for found in super().map(work, groups):
+                if len(self.scored) == 2:
+                    raise KeyboardInterrupt
+                yield found
+
+    whole = evaluate(replace(work, folder=work.folder / "whole"), FakeExecutor(), QUIET)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(work, Dies(), QUIET)
+    again = FakeExecutor()
+    resumed = evaluate(work, again, QUIET)
+    assert again.trained == []
+    assert [group.users for group in again.scored] == [("u3", "u4", "u5"), ("u6",)]
+    assert plain(resumed) == plain(whole)
+
+
+def plain(arms: Sequence[Arm]) -> list[Any]:
+    return [
+        (
+            *(arm.arm, arm.control, one.user, one.queries, one.values),
+            {name: (sums.dtype, sums.tolist()) for name, sums in one.sums.items()},
+        )
+        for arm in arms
+        for one in arm.users
+    ]
