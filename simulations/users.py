@@ -5,7 +5,7 @@ that it depends on, so every process of a run, and every engine, finds the same 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from fedoppu.common.commit import commit_file
 from fedoppu.common.config import RunConfig
 from fedoppu.common.errors import DataError
 from fedoppu.simulations.lamp import split
-from fedoppu.simulations.population import generate
+from fedoppu.simulations.population import stream_users
 from fedoppu.simulations.virtual_users import VirtualUsers, write_users
 
 FACTS = "facts.json"
@@ -82,17 +82,19 @@ def history_lengths(users: PreparedUsers, task: str) -> dict[str, int]:
 
 
 def _write_generated(run: RunConfig, task: str, seed: int, folder: Path) -> None:
-    population = generate(
-        task,
-        population=run.population,
-        seed=seed,
-        target_users=run.users,
-        base_users=run.base_users,
-        queries=run.queries,
-    )
-    oracle = [[user, query, answer] for (user, query), answer in sorted(population.oracle.items())]
-    write_users(folder, population.target, population.base)
-    _write_facts(folder, oracle=oracle)
+    """One user at a time: of each, only the true answers of the queries are kept."""
+    oracle: list[Sequence[str]] = []
+
+    def drawn(role: str, count: int) -> Iterator[LampUser]:
+        users = stream_users(
+            task, role, count, population=run.population, seed=seed, queries=run.queries
+        )
+        for user, truths in users:
+            oracle.extend((user.user_id, query, truth) for query, truth in truths.items())
+            yield user
+
+    write_users(folder, drawn("target", run.users), drawn("base", run.base_users))
+    _write_facts(folder, oracle=sorted(oracle))
 
 
 def _write_imported(run: RunConfig, task: str, folder: Path) -> None:

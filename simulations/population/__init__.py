@@ -4,6 +4,6 @@ Reading order: `words` and `language` (texts), `preferences` (what users like), 
 (items and queries), `generate` (populations).
 """
 
-from fedoppu.simulations.population.generate import Population, generate
+from fedoppu.simulations.population.generate import Population, generate, stream_users
 
-__all__ = ["Population", "generate"]
+__all__ = ["Population", "generate", "stream_users"]

@@ -8,7 +8,7 @@ average; nothing that decides an answer depends on the length.
 The generator is held: no method was tuned by changing it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Final, Literal
@@ -98,19 +98,50 @@ def generate(
         population,
         {"target_users": (target_users, 1), "base_users": (base_users, 0), "queries": (queries, 1)},
     )
-    root = Randomness.from_seed(seed).child("population", population, task)
-    common = draw_common(num_labels(task), root.stream("common"))
+    source = _source(task, population, seed)
+    target, base = (
+        tuple(_draw(task, role, count, queries=queries, source=source))
+        for role, count in (("target", target_users), ("base", base_users))
+    )
+    return _assemble(target, base, source.common)
 
-    def draw(role: str, count: int) -> tuple[_Member, ...]:
-        return tuple(
-            _member(
-                task, f"{role}-{index:04d}", queries, _Source(root, VARIATIONS[population], common)
-            )
-            for index in range(count)
+
+def stream_users(
+    task: str, role: str, count: int, *, population: Kind, seed: int, queries: int
+) -> Iterator[tuple[LampUser, dict[str, str]]]:
+    """Yields the users that `generate` draws for a role, one at a time: nothing is held of the others.
+
+    Args:
+        task: One of the seven.
+        role: target or base.
+        count: Users of the role.
+        population: preferences, or null.
+        seed: Of the population.
+        queries: Queries of each user.
+
+    Returns:
+        Each user, and the true answer of each of the user's queries.
+    """
+    get_task(task)
+    _check_arguments(population, {f"{role}_users": (count, 0), "queries": (queries, 1)})
+    source = _source(task, population, seed)
+    for member in _draw(task, role, count, queries=queries, source=source):
+        yield (
+            member.user,
+            {query.id: member.drafts[query.id].truth for query in member.user.queries},
         )
 
-    target, base = draw("target", target_users), draw("base", base_users)
-    return _assemble(target, base, common)
+
+def _source(task: str, population: Kind, seed: int) -> "_Source":
+    root = Randomness.from_seed(seed).child("population", population, task)
+    common = draw_common(num_labels(task), root.stream("common"))
+    return _Source(root, VARIATIONS[population], common)
+
+
+def _draw(
+    task: str, role: str, count: int, *, queries: int, source: "_Source"
+) -> Iterator["_Member"]:
+    return (_member(task, f"{role}-{index:04d}", queries, source) for index in range(count))
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,12 @@ def killed(after: float, *arguments: str) -> bool:
     """Whether a process was still at work after so many seconds, and was killed."""
     process = started(*arguments)
     try:
-        process.communicate(timeout=after)
+        _, err = process.communicate(timeout=after)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
         return True
-    assert process.returncode == 0
+    assert process.returncode == 0, err
     return False
 
 

@@ -9,7 +9,7 @@ import pytest
 from fedoppu.client.tasks import TASKS
 from fedoppu.common.errors import UsageError
 from fedoppu.common.randomness import Randomness
-from fedoppu.simulations.population import Population, generate
+from fedoppu.simulations.population import Population, generate, stream_users
 from fedoppu.simulations.population.forms import entitle, plain_tweet, styled_tweet
 from fedoppu.simulations.population.generate import LONGEST, SHORTEST, Kind, draw_length
 from fedoppu.simulations.population.language import (
@@ -357,3 +357,17 @@ def test_numbers_below_their_bound_are_refused(
             base_users=base_users,
             queries=queries,
         )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_users_one_at_a_time_are_those_of_the_whole_population(task: str) -> None:
+    whole = generate(
+        task, population="preferences", seed=3, target_users=3, base_users=2, queries=2
+    )
+    truths: dict[tuple[str, str], str] = {}
+    for role, users in (("target", whole.target), ("base", whole.base)):
+        found = stream_users(task, role, len(users), population="preferences", seed=3, queries=2)
+        for user, (drawn, own) in zip(users, found, strict=True):
+            assert drawn == user
+            truths |= {(user.user_id, query): truth for query, truth in own.items()}
+    assert truths == whole.oracle
