@@ -83,7 +83,7 @@ def history_lengths(users: PreparedUsers, task: str) -> dict[str, int]:
 
 def _write_generated(run: RunConfig, task: str, seed: int, folder: Path) -> None:
     """One user at a time: of each, only the true answers of the queries are kept."""
-    oracle: list[Sequence[str]] = []
+    oracle: list[tuple[str, str, str]] = []
 
     def drawn(role: str, count: int) -> Iterator[LampUser]:
         users = stream_users(
