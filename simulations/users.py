@@ -87,7 +87,7 @@ def _write_generated(run: RunConfig, task: str, seed: int, folder: Path) -> None
 
     def drawn(role: str, count: int) -> Iterator[LampUser]:
         users = stream_users(
-            task, role, count, population=run.population, seed=seed, queries=run.queries
+            task, role, count=count, population=run.population, seed=seed, queries=run.queries
         )
         for user, truths in users:
             oracle.extend((user.user_id, query, truth) for query, truth in truths.items())

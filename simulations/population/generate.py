@@ -100,14 +100,14 @@ def generate(
     )
     source = _source(task, population, seed)
     target, base = (
-        tuple(_draw(task, role, count, queries=queries, source=source))
+        tuple(_draw(task, role, count=count, queries=queries, source=source))
         for role, count in (("target", target_users), ("base", base_users))
     )
     return _assemble(target, base, source.common)
 
 
 def stream_users(
-    task: str, role: str, count: int, *, population: Kind, seed: int, queries: int
+    task: str, role: str, *, count: int, population: Kind, seed: int, queries: int
 ) -> Iterator[tuple[LampUser, dict[str, str]]]:
     """Yields the users that `generate` draws for a role, one at a time: nothing is held of the others.
 
@@ -125,7 +125,7 @@ def stream_users(
     get_task(task)
     _check_arguments(population, {f"{role}_users": (count, 0), "queries": (queries, 1)})
     source = _source(task, population, seed)
-    for member in _draw(task, role, count, queries=queries, source=source):
+    for member in _draw(task, role, count=count, queries=queries, source=source):
         yield (
             member.user,
             {query.id: member.drafts[query.id].truth for query in member.user.queries},
@@ -139,7 +139,7 @@ def _source(task: str, population: Kind, seed: int) -> "_Source":
 
 
 def _draw(
-    task: str, role: str, count: int, *, queries: int, source: "_Source"
+    task: str, role: str, *, count: int, queries: int, source: "_Source"
 ) -> Iterator["_Member"]:
     return (_member(task, f"{role}-{index:04d}", queries, source) for index in range(count))
 

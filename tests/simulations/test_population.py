@@ -366,7 +366,9 @@ def test_users_one_at_a_time_are_those_of_the_whole_population(task: str) -> Non
     )
     truths: dict[tuple[str, str], str] = {}
     for role, users in (("target", whole.target), ("base", whole.base)):
-        found = stream_users(task, role, len(users), population="preferences", seed=3, queries=2)
+        found = stream_users(
+            task, role, count=len(users), population="preferences", seed=3, queries=2
+        )
         for user, (drawn, own) in zip(users, found, strict=True):
             assert drawn == user
             truths |= {(user.user_id, query): truth for query, truth in own.items()}
