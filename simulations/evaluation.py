@@ -95,7 +95,7 @@ def evaluate(work: Evaluation, executor: GroupExecutor, console: Console) -> tup
     arms = chosen_arms(work.run)
     _train(work, executor, console, tuple(arm for arm in TRAINED_ARMS if arm in arms))
     scored = _score(work, executor, console, _answered(arms))
-    return tuple(arm for arm in _together(scored) if arm.arm in arms)
+    return tuple(_together([arm for arm in part if arm.arm in arms] for part in scored))
 
 
 def _answered(arms: Sequence[str]) -> tuple[str, ...]:
