@@ -1,7 +1,7 @@
 """The fast path for Llama-shaped bases (Llama, Mistral, Qwen2, SmolLM): a lean forward and backward.
 
-The model's own weights are used as they are, and the model is never touched. The steps of the
-ladder, each exact, with the users per CPU second that it buys on LaMP prompts:
+The model's own weights are used as they are, and the model is never touched. What makes it fast,
+each exact:
 
 1. Frozen weights get no gradient, nothing below the first adapted module gets any, and each piece
    keeps only what its backward needs (`llama_ops`).
@@ -61,7 +61,7 @@ def fast_path(model: PreTrainedModel) -> str | None:
 
 
 def pass_tokens(model: PreTrainedModel) -> int:
-    """Tokens of one pass: the more the faster (8192 is 6-8 % faster than 4096), within memory.
+    """Tokens of one pass: the more the faster, within memory.
 
     A layer keeps about eight tensors as wide as the base and three as its MLP, and the scores.
     """

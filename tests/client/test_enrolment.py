@@ -471,7 +471,7 @@ def test_restored_vault_of_a_spent_budget_takes_no_part() -> None:
     config = private("central")
     ledger = VaultLedger(Store(), PrivacyBudget(8.0))
     restored(ledger, config, rounds=400)
-    with pytest.raises(RefusedByPolicy, match="privacy budget.* does not allow"):
+    with pytest.raises(RefusedByPolicy, match=r"privacy budget.* does not allow"):
         ledger.charge(make_plan(20, FIRST.roster), config)
     VaultLedger(Store(), PrivacyBudget(8.0)).charge(make_plan(20, FIRST.roster), config)  # control
 

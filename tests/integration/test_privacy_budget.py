@@ -313,7 +313,7 @@ def test_members_with_a_budget_refuse_a_federation_without_noise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SimulatedMember, "ledger", property(with_budget(100.0)))
-    with pytest.raises(RoundAborted, match="privacy budget.* does not allow"):
+    with pytest.raises(RoundAborted, match=r"privacy budget.* does not allow"):
         federation(tmp_path, replace(CONFIG, cohort=8)).run()
 
 
