@@ -42,7 +42,7 @@ from tests.small_run import LEAST, command
         ("confidence=x", "confidence must be a number, got x"),
         ("data=[a,b]", "data must be text or null, got a, b"),
         ("research.plain_updates=maybe", "plain_updates must be true or false, got maybe"),
-        ("engine=ray", "engine must be one of local, flower, got ray"),
+        ("engine=dask", "engine must be one of local, ray, flower, got dask"),
         ("personal.adapter.rank=0", "^personal.adapter.rank must be between 1 and 4096, got 0"),
         ("shared.adapter.alpha=inf", "^shared.adapter.alpha must be finite and at least"),
         ("threads=100000", "threads must be between 1 and 256, got 100000"),
