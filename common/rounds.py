@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Words = NDArray[np.uint32] | NDArray[np.uint16]
+PROTOCOL = 1  # of docs/protocol.md; bound into every context, so programs of two versions part at once
 
 
 class Exchange(StrEnum):
@@ -84,8 +85,8 @@ class RoundPlan:
 
     @cached_property
     def context(self) -> bytes:
-        """SHA-256 of the canonical bytes; every advert's check asks for it."""
-        return hashlib.sha256(b"fedoppu round\n" + self.canonical()).digest()
+        """SHA-256 of the protocol's version and the canonical bytes; every advert's check asks for it."""
+        return hashlib.sha256(b"fedoppu round %d\n" % PROTOCOL + self.canonical()).digest()
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def test_hkdf_is_that_of_rfc_5869() -> None:
 def test_context_is_the_tagged_hash_of_the_sorted_json() -> None:
     plan = make_plan(4, roster_of(identities(4)))
     fields = dict(sorted(vars(plan).items()))
-    expected = b"fedoppu round\n" + json.dumps(fields, separators=(",", ":")).encode()
+    expected = b"fedoppu round 1\n" + json.dumps(fields, separators=(",", ":")).encode()
     assert plan.context == hashlib.sha256(expected).digest()
 
 

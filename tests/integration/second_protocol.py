@@ -73,7 +73,7 @@ def canonical(plan: Mapping[str, Any]) -> bytes:
 
 
 def context_of(plan: Mapping[str, Any]) -> bytes:
-    return sha(b"fedoppu round\n" + canonical(plan))
+    return sha(b"fedoppu round 1\n" + canonical(plan))
 
 
 def hkdf(secret: bytes, info: bytes, length: int = 32) -> bytes:
