@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Words = NDArray[np.uint32] | NDArray[np.uint16]
-PROTOCOL = 1  # of docs/protocol.md; bound into every context, so programs of two versions part at once
+# Of docs/protocol.md; bound into every context, so that programs of two versions part at once.
+PROTOCOL = 1
 
 
 class Exchange(StrEnum):
