@@ -28,10 +28,9 @@ from enum import StrEnum
 import numpy as np
 
 from fedoppu.common.cohort import Cohort, form_cohort
-from fedoppu.common.errors import DataError, ProtocolError, RoundAborted
+from fedoppu.common.errors import ProtocolError, RoundAborted
 from fedoppu.common.masking import add_masks
 from fedoppu.common.plain import dump_plain, load_plain
-from fedoppu.common.quantization import VectorLayout, require_no_overflow
 from fedoppu.common.roster import Roster
 from fedoppu.common.rounds import (
     Advert,
@@ -51,7 +50,6 @@ from fedoppu.common.rounds import (
     SurvivorsProposed,
     UnmaskReply,
     UnmaskRequested,
-    Words,
 )
 from fedoppu.common.signing import survivors_bytes
 from fedoppu.common.thresholds import quorum
@@ -65,6 +63,13 @@ from fedoppu.server.answers import (
     unsigned,
 )
 from fedoppu.server.complaints import judge, without_complainers
+from fedoppu.server.masked_sum import (
+    dump_with_sum,
+    read_sum,
+    require_invited,
+    split_dump,
+    zero_sum,
+)
 from fedoppu.server.unmasking import Evidence, lacking, unmask
 
 
@@ -136,17 +141,11 @@ class SecAggServer:
             UsageError: The invited are too many for the plan's words.
             ProtocolError: One of them is not in the roster, or the plan is for another roster.
         """
-        members = tuple(sorted(set(invited)))
-        strangers = [member for member in members if member not in roster]
-        if strangers or plan.roster_hash != roster.hash():
-            raise ProtocolError(
-                f"the plan is for another roster, or members {strangers} are not in it"
-            )
-        require_no_overflow(plan, len(members))
+        members = require_invited(plan, roster, invited)
         self._roster = roster
         self._corrupt = corrupt
         self._state = _State(Exchange.KEYS.value, plan, members)
-        self._sum = _zeros(plan)
+        self._sum = zero_sum(plan)
         self._cohort: Cohort | None = None
         self._proofs: dict[int, dict[int, tuple[bytes, ...]]] = {}  # made again after a load
 
@@ -220,8 +219,7 @@ class SecAggServer:
 
     def dump(self) -> bytes:
         """Everything but the roster: JSON, a line feed, the masked sum as little-endian words."""
-        words = self._sum.astype(self._sum.dtype.newbyteorder("<"))
-        return dump_plain(self._state) + b"\n" + words.tobytes()
+        return dump_with_sum(dump_plain(self._state), self._sum)
 
     @classmethod
     def load(cls, data: bytes, roster: Roster, *, corrupt: int = 0) -> "SecAggServer":
@@ -230,13 +228,10 @@ class SecAggServer:
         Raises:
             DataError: The bytes are no dump.
         """
-        head, _, tail = data.partition(b"\n")
+        head, tail = split_dump(data)
         state = load_plain(_State, head)
         server = cls(state.plan, roster, invited=state.invited, corrupt=corrupt)
-        if len(tail) != server._sum.nbytes:
-            raise DataError(f"the stored sum has {len(tail)} bytes, not {server._sum.nbytes}")
-        little = server._sum.dtype.newbyteorder("<")
-        server._sum[:] = np.frombuffer(tail, little)
+        read_sum(server._sum, tail)
         server._state = state
         return server
 
@@ -388,7 +383,7 @@ class SecAggServer:
     def _abort(self, stage: Exchange, lack: str) -> None:
         """Ends the round for good and forgets everything that was received in confidence."""
         asked = self.asked_to_unmask
-        self._sum = _zeros(self.plan)
+        self._sum = zero_sum(self.plan)
         self._state = replace(
             self._state,
             stage=End.ABORTED.value,
@@ -408,7 +403,7 @@ class SecAggServer:
             self._abort(Exchange.UNMASK, f"the secrets of members {result.lost} are lost")
         add_masks(self._sum, result.masks)
         ready = SumReady(self._sum, self.survivors, liars)
-        self._sum = _zeros(self.plan)
+        self._sum = zero_sum(self.plan)
         self._state = replace(self._state, stage=End.DONE.value, replies={})
         return ready
 
@@ -455,8 +450,3 @@ class SecAggServer:
         if self._cohort is None:
             self._cohort = Cohort(self.plan, dict(sorted(self._state.adverts.items())))
         return self._cohort
-
-
-def _zeros(plan: RoundPlan) -> Words:
-    layout = VectorLayout.of(plan)
-    return np.zeros(layout.length, layout.dtype)

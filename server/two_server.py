@@ -22,9 +22,9 @@ from typing import NoReturn
 
 import numpy as np
 
-from fedoppu.common.errors import DataError, ProtocolError, RoundAborted
+from fedoppu.common.errors import ProtocolError, RoundAborted
 from fedoppu.common.plain import dump_plain, load_plain
-from fedoppu.common.quantization import VectorLayout, require_no_overflow
+from fedoppu.common.quantization import VectorLayout
 from fedoppu.common.roster import Roster
 from fedoppu.common.rounds import Outgoing, RoundOpened, RoundPlan, SumReady, Words
 from fedoppu.common.signing import verify
@@ -37,6 +37,13 @@ from fedoppu.common.two_server import (
     claim_bytes,
     mask_sum_bytes,
     sealed_bytes,
+)
+from fedoppu.server.masked_sum import (
+    dump_with_sum,
+    read_sum,
+    require_invited,
+    split_dump,
+    zero_sum,
 )
 
 
@@ -88,18 +95,12 @@ class SealedServer:
             UsageError: The invited are too many for the plan's words.
             ProtocolError: One of them is not in the roster, or the plan is for another roster.
         """
-        members = tuple(sorted(set(invited)))
-        strangers = [member for member in members if member not in roster]
-        if strangers or plan.roster_hash != roster.hash():
-            raise ProtocolError(
-                f"the plan is for another roster, or members {strangers} are not in it"
-            )
-        require_no_overflow(plan, len(members))
+        members = require_invited(plan, roster, invited)
         self._roster = roster
         self._helper = helper
         self._state = _State(SealedStage.SEALED.value, plan, members)
         self._words: dict[int, Words] = {}
-        self._sum = _zeros(plan)
+        self._sum = zero_sum(plan)
 
     @property
     def stage(self) -> SealedStage:
@@ -209,8 +210,7 @@ class SealedServer:
 
     def dump(self) -> bytes:
         """Everything but roster and keys: JSON, a line feed, the masked sum as little-endian words."""
-        words = self._sum.astype(self._sum.dtype.newbyteorder("<"))
-        return dump_plain(self._dumped()) + b"\n" + words.tobytes()
+        return dump_with_sum(dump_plain(self._dumped()), self._sum)
 
     @classmethod
     def load(cls, data: bytes, roster: Roster, *, helper: HelperKeys) -> "SealedServer":
@@ -219,12 +219,10 @@ class SealedServer:
         Raises:
             DataError: The bytes are no dump.
         """
-        head, _, tail = data.partition(b"\n")
+        head, tail = split_dump(data)
         state = load_plain(_State, head)
         server = cls(state.plan, roster, invited=state.invited, helper=helper)
-        if len(tail) != server._sum.nbytes:
-            raise DataError(f"the stored sum has {len(tail)} bytes, not {server._sum.nbytes}")
-        server._sum[:] = np.frombuffer(tail, server._sum.dtype.newbyteorder("<"))
+        read_sum(server._sum, tail)
         server._state = state
         return server
 
@@ -333,7 +331,7 @@ class SealedServer:
                 f"the seeds of {len(bad)} members do not open, and a restart has lost the words "
                 "that must be taken off the sum; the helper answers for no other set"
             )
-        total = _zeros(self.plan)
+        total = zero_sum(self.plan)
         for member in kept:
             np.add(total, self._words[member], out=total)
         return total
@@ -349,10 +347,5 @@ class SealedServer:
 
     def _end(self, stage: SealedStage) -> None:
         """The round is over: masked words and sum are forgotten."""
-        self._words, self._sum = {}, _zeros(self.plan)
+        self._words, self._sum = {}, zero_sum(self.plan)
         self._state = replace(self._state, stage=stage.value)
-
-
-def _zeros(plan: RoundPlan) -> Words:
-    layout = VectorLayout.of(plan)
-    return np.zeros(layout.length, layout.dtype)

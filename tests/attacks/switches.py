@@ -437,7 +437,7 @@ RULES: Mapping[str, Rule] = {
         "a sum fits its words",
         _set(
             f"{CLIENT}.require_no_overflow",
-            "fedoppu.server.secagg.require_no_overflow",
+            "fedoppu.server.masked_sum.require_no_overflow",
             value=_never_objects,
         ),
     ),
