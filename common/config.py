@@ -243,7 +243,7 @@ class PrivacySettings:
         """Check the ranges."""
         require("privacy.noise_multiplier", self.noise_multiplier, 1e-3, 1e6)
         require("privacy.epsilon", self.epsilon, 1e-6, 1e6)
-        require("privacy.delta", self.delta, 1e-30, 0.1)
+        require("privacy.delta", self.delta, 1e-12, 0.1)  # the sampler is not exact below
         require("privacy.separation", self.separation, 1, 10_000)
 
 

@@ -23,6 +23,7 @@ from typing import Literal
 from fedoppu.common.accounting import (
     calibrate,
     gaussian_epsilon,
+    poisson_excess,
     poisson_shortfall,
     sampled_epsilon,
 )
@@ -297,6 +298,24 @@ def require_cohorts(participation: Participation, delta: float) -> None:
             f"{shortfall:.2g}, above {most:.2g}, a tenth of delta",
             hint="raise cohort, lower thresholds.floor, or set privacy.sampling=fixed",
         )
+
+
+def largest_cohort(privacy: PrivacySettings, participation: Participation) -> int:
+    """Members of the largest cohort, save with probability delta / 10 over all rounds: words must hold its sum.
+
+    Args:
+        privacy: Its sampling and delta.
+        participation: Planned.
+    """
+    if privacy.sampling != "poisson":
+        return participation.cohort
+    low, high = participation.cohort, participation.members
+    allowed = SHORTFALL_SHARE * privacy.delta / max(participation.rounds, 1)
+    while low < high:
+        middle = (low + high) // 2
+        enough = poisson_excess(participation.members, participation.rate, middle) <= allowed
+        low, high = (low, middle) if enough else (middle + 1, high)
+    return low
 
 
 def _shortfall(participation: Participation) -> float:

@@ -6,7 +6,7 @@ It computes what the server would: same sensitivity, scales, epsilons and refusa
 import math
 from dataclasses import dataclass, field, replace
 
-from fedoppu.common.accounting import has_pld, poisson_excess
+from fedoppu.common.accounting import has_pld
 from fedoppu.common.config import EncodingSettings, PrivacySettings, ThresholdSettings, require
 from fedoppu.common.errors import UsageError
 from fedoppu.common.matrix_factorization import error_ratio, largest_scale
@@ -16,6 +16,7 @@ from fedoppu.common.privacy import (
     affordable,
     amplifies,
     client_noise,
+    largest_cohort,
     needed_multiplier,
     require_cohorts,
     require_scales,
@@ -95,19 +96,6 @@ class Federation:
             rounds=rounds,
             most=math.ceil(rounds / self.privacy.separation),
         )
-
-    @property
-    def asked(self) -> int:
-        """Members of the largest cohort, save with probability delta / 10 over all rounds."""
-        if self.privacy.sampling != "poisson":
-            return self.cohort
-        low, high = self.cohort, self.users
-        allowed, rate = self.privacy.delta / 10 / self.rounds, self.cohort / self.users
-        while low < high:
-            middle = (low + high) // 2
-            enough = poisson_excess(self.users, rate, middle) <= allowed
-            low, high = (low, middle) if enough else (middle + 1, high)
-        return low
 
 
 @dataclass(frozen=True)
@@ -260,6 +248,6 @@ def _total_scale(
 
 def _used_values(federation: Federation, plan: RoundPlan, total: float) -> int:
     """Levels of the largest cohort's sum, n (2^level_bits - 1), and the noise's tails."""
-    asked = federation.asked
+    asked = largest_cohort(federation.privacy, federation.after(federation.rounds))
     tail = noise_tail(replace(plan, noise_scale=total / math.sqrt(asked)), asked)
     return asked * int(max((1 << plan.level_bits) - 1, LIMB_MAX)) + 2 * tail

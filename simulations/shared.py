@@ -14,6 +14,7 @@ from fedoppu.common.base import BaseFacts
 from fedoppu.common.config import FederationConfig, PersonalSettings, RunConfig
 from fedoppu.common.defaults import personal_settings
 from fedoppu.common.errors import ClientFailed
+from fedoppu.common.privacy import Participation, largest_cohort
 from fedoppu.common.quantization import require_no_overflow
 from fedoppu.common.randomness import Randomness
 from fedoppu.common.rounds import RoundPlan
@@ -147,7 +148,10 @@ class SharedPhase:
             **agreed(config, spec, config.rounds),
         )
         root = Randomness.from_seed(0)  # nothing is drawn
-        privacy_of(config, root, members).complete(plan, config.cohort)
+        floor = config.thresholds.floor + config.thresholds.corrupt
+        planned = Participation(members, config.cohort, floor, config.rounds, config.rounds)
+        asked = largest_cohort(config.privacy, planned)
+        privacy_of(config, root, members).complete(plan, asked)
 
 
 def train_shared(

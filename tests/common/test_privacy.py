@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedoppu.common.accounting import calibrate, gaussian_epsilon, sampled_epsilon, sum_excess
+from fedoppu.common.accounting import (
+    calibrate,
+    gaussian_epsilon,
+    poisson_excess,
+    sampled_epsilon,
+    sum_excess,
+)
 from fedoppu.common.config import PrivacySettings, ThresholdSettings
 from fedoppu.common.errors import UsageError
 from fedoppu.common.privacy import (
@@ -16,6 +22,7 @@ from fedoppu.common.privacy import (
     affordable,
     amplifies,
     client_noise,
+    largest_cohort,
     needed_multiplier,
     require_cohorts,
     require_scales,
@@ -290,3 +297,19 @@ def test_a_configured_multiplier_is_kept_and_none_at_all_is_refused() -> None:
     assert needed_multiplier(CENTRAL, HUNDRED) == 1.0
     with pytest.raises(UsageError, match="central needs a budget or an amount of noise"):
         needed_multiplier(PrivacySettings("central"), HUNDRED)
+
+
+@pytest.mark.parametrize(
+    ("members", "cohort", "rounds"), [(1000, 100, 100), (60, 20, 5), (8, 8, 3)]
+)
+def test_largest_poisson_cohort_is_passed_with_a_tenth_of_delta_at_most(
+    members: int, cohort: int, rounds: int
+) -> None:
+    privacy = PrivacySettings("central", noise_multiplier=1.0, sampling="poisson")
+    planned = Participation(members, cohort, 2, rounds, rounds)
+    largest = largest_cohort(privacy, planned)
+    assert cohort <= largest <= members
+    assert rounds * poisson_excess(members, planned.rate, largest) <= privacy.delta / 10
+    if largest > cohort:
+        assert rounds * poisson_excess(members, planned.rate, largest - 1) > privacy.delta / 10
+    assert largest_cohort(replace(privacy, sampling="fixed"), planned) == cohort

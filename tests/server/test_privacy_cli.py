@@ -111,7 +111,7 @@ def test_bounds_without_the_extra_are_said_to_be_larger(monkeypatch: pytest.Monk
         (["epsilon=0"], "privacy.epsilon must be between 1e-06 and 1000000, got 0.0"),
         (["epsilon=-1"], "privacy.epsilon must be between"),
         (["epsilon=nan"], "privacy.epsilon must be"),
-        (["delta=1"], "privacy.delta must be between 1e-30 and 0.1, got 1.0"),
+        (["delta=1"], "privacy.delta must be between 1e-12 and 0.1, got 1.0"),
         (["delta=0"], "privacy.delta must be between"),
         (["users=-3"], "users must be between 2 and 1e+09, got -3"),
         (["users=ten"], "users must be a whole number, got ten"),

@@ -161,3 +161,20 @@ def test_noise_is_checked_before_users_are_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="overflow 16-bit words") as error:
         SharedPhase.check_noise(narrow.config, own.base, 6)
     assert "lower privacy.noise_multiplier" in error.value.hint
+
+
+def test_words_must_hold_the_largest_poisson_cohort_and_not_only_the_expected_one(
+    tmp_path: Path,
+) -> None:
+    """A draw that overflows would end the run, and by that tell its size."""
+    settings = (
+        "privacy.mechanism=central",
+        "privacy.noise_multiplier=0.4",
+        "encoding.word_bits=16",
+        "encoding.level_bits=8",
+    )
+    fixed = phase(tmp_path, *settings)
+    SharedPhase.check_noise(replace(fixed.config, cohort=200), fixed.base, 2000)
+    poisson = phase(tmp_path, *settings, "privacy.sampling=poisson")
+    with pytest.raises(UsageError, match="overflow 16-bit words"):
+        SharedPhase.check_noise(replace(poisson.config, cohort=200), poisson.base, 2000)
