@@ -14,6 +14,7 @@ versions of what computes: both are checked in each task, and named where they f
 """
 
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from fedoppu.simulations.workers import Worker, WorkerSpec, open_worker
 G = TypeVar("G")
 R = TypeVar("R")
 
+CONNECT_SECONDS = 10.0
 RETRIES = 3  # of a task that is lost; an error of a group is none, and is not tried again
 VERSIONS = ("fedoppu", "torch", "transformers", "numpy")
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -179,6 +181,7 @@ class RayWorkforce:
         self._ray: Any = import_ray()
         own = {"num_cpus": workers, "include_dashboard": False} if address is None else {}
         try:
+            _require_listener(address)
             self._ray.init(
                 # "local": or an address in the environment would be taken
                 address=address or "local",
@@ -186,7 +189,7 @@ class RayWorkforce:
                 logging_level="ERROR",
                 **own,
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ConnectionFailed(
                 f"Ray could not be reached at {address or 'this machine'}: "
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
@@ -210,3 +213,10 @@ class RayWorkforce:
     ) -> None:
         """Leave the cluster, or end the own head, whatever it is at."""
         self._ray.shutdown()
+
+
+def _require_listener(address: str | None) -> None:
+    """Fails at once where nobody listens at host:port; Ray itself tries for minutes."""
+    host, found, port = (address or "").rpartition(":")
+    if found and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
