@@ -173,8 +173,9 @@ def test_words_must_hold_the_largest_poisson_cohort_and_not_only_the_expected_on
         "encoding.word_bits=16",
         "encoding.level_bits=8",
     )
-    fixed = phase(tmp_path, *settings)
-    SharedPhase.check_noise(replace(fixed.config, cohort=200), fixed.base, 2000)
-    poisson = phase(tmp_path, *settings, "privacy.sampling=poisson")
+    own = phase(tmp_path, *settings)
+    fixed = replace(own.config, cohort=100)
+    SharedPhase.check_noise(fixed, own.base, 2000)
+    drawn = replace(fixed, privacy=replace(fixed.privacy, sampling="poisson"))
     with pytest.raises(UsageError, match="overflow 16-bit words"):
-        SharedPhase.check_noise(replace(poisson.config, cohort=200), poisson.base, 2000)
+        SharedPhase.check_noise(drawn, own.base, 2000)
