@@ -83,6 +83,17 @@ def _fill_training(settings: TrainingSettings, defaults: _Defaults) -> TrainingS
     )
 
 
+def adapter_spec(base: BaseFacts, settings: AdapterSettings) -> AdapterSpec:
+    """The shapes of an adapter on a base.
+
+    Raises:
+        BaseModelError: The base lacks a module that the settings name; the message lists its own.
+    """
+    return AdapterSpec.from_base(
+        base, settings.targets or (), rank=settings.rank, alpha=settings.alpha
+    )
+
+
 def shared_settings(run: RunConfig, base: BaseFacts) -> SharedSettings:
     """The shared phase without any null."""
     defaults = _shared_defaults(base.num_parameters, run.shared.aggregation)
@@ -242,10 +253,12 @@ def _private_encoding(
     if not encoding.rotation:
         return encoding
     adapter = shared.adapter
-    spec = AdapterSpec.from_base(
-        base, adapter.targets or (), rank=adapter.rank, alpha=adapter.alpha
-    )
+    spec = adapter_spec(base, adapter)
     moves = [travelling(shared.aggregation, round_number) for round_number in (1, 2)]
     fewest = min(spec.num_params(factors) for factors in moves)
-    value_range = RANGE_DEVIATIONS * encoding.clip / math.sqrt(fewest)
-    return replace(encoding, value_range=float(f"{value_range:.3g}"))
+    return replace(encoding, value_range=fitting_range(encoding.clip, fewest))
+
+
+def fitting_range(clip: float, parameters: int) -> float:
+    """Value range that a rotated update of L2 norm `clip` stays within, to three digits."""
+    return float(f"{RANGE_DEVIATIONS * clip / math.sqrt(parameters):.3g}")

@@ -9,11 +9,12 @@ import typer
 
 from fedoppu.common.cli import run_command
 from fedoppu.common.config import PrivacySettings
+from fedoppu.common.defaults import fitting_range
 from fedoppu.common.merging import Settings, build, read_dotlist
 from fedoppu.common.privacy import Adjacency
 from fedoppu.common.setting_checks import check_settings
 from fedoppu.server.metrics import rounded_up
-from fedoppu.server.privacy_plan import Federation, PrivacyPlan, fitting_range, plan_privacy
+from fedoppu.server.privacy_plan import Federation, PrivacyPlan, plan_privacy
 
 app = typer.Typer()
 

@@ -29,9 +29,6 @@ from fedoppu.common.quantization import LIMB_MAX, noise_tail
 from fedoppu.common.rounds import RoundPlan
 from fedoppu.common.thresholds import plan_thresholds
 
-# a range of six deviations of a rotated vector's coordinates cuts nothing off
-RANGE_DEVIATIONS = 6.0
-
 
 @dataclass(frozen=True)
 class Federation:
@@ -145,11 +142,6 @@ class PrivacyPlan:
     def survives(self) -> bool:
         """Whether the signal is at least as large as the noise."""
         return self.signal >= 1
-
-
-def fitting_range(clip: float, parameters: int) -> float:
-    """Value range that a rotated update of L2 norm `clip` stays within, to three digits."""
-    return float(f"{RANGE_DEVIATIONS * clip / math.sqrt(parameters):.3g}")
 
 
 def plan_privacy(federation: Federation) -> PrivacyPlan:

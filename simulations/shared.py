@@ -12,7 +12,7 @@ from fedoppu.common.adapters import Adapter, AdapterSpec
 from fedoppu.common.agreed import agreed
 from fedoppu.common.base import BaseFacts
 from fedoppu.common.config import FederationConfig, PersonalSettings, RunConfig
-from fedoppu.common.defaults import personal_settings
+from fedoppu.common.defaults import adapter_spec, personal_settings
 from fedoppu.common.errors import ClientFailed
 from fedoppu.common.privacy import Participation, largest_cohort
 from fedoppu.common.quantization import require_no_overflow
@@ -115,8 +115,7 @@ class SharedPhase:
             plan_thresholds(config.cohort, config.thresholds, graph=graph)
             require_no_overflow(config.encoding, config.cohort)
         for settings in (config.shared.adapter, personal.adapter):
-            targets = settings.targets or ()
-            AdapterSpec.from_base(base, targets, rank=settings.rank, alpha=settings.alpha)
+            adapter_spec(base, settings)
 
     @staticmethod
     def check_noise(config: FederationConfig, base: BaseFacts, members: int) -> None:
@@ -221,9 +220,7 @@ def _take_up(runtime: ServerRuntime) -> int:
 def _spec(config: FederationConfig, base: BaseFacts) -> AdapterSpec:
     """Of the shared adapter."""
     settings = config.shared.adapter
-    return AdapterSpec.from_base(
-        base, settings.targets or (), rank=settings.rank, alpha=settings.alpha
-    )
+    return adapter_spec(base, settings)
 
 
 def _members(phase: SharedPhase, marker: GridMarker) -> SimulatedFederation:

@@ -22,6 +22,7 @@ from fedoppu.client.training import BatchedTrainer
 from fedoppu.client.vault import HistoryItem
 from fedoppu.common.adapters import AdapterSpec
 from fedoppu.common.config import FederationConfig, PersonalSettings
+from fedoppu.common.defaults import adapter_spec
 from fedoppu.common.randomness import Randomness
 from fedoppu.simulations.virtual_users import VirtualUsers
 
@@ -76,17 +77,13 @@ class Worker:
     def shared_spec(self) -> AdapterSpec:
         """Shapes of the shared adapter."""
         settings = self.config.shared.adapter
-        return AdapterSpec.from_base(
-            self.base.facts, settings.targets or (), rank=settings.rank, alpha=settings.alpha
-        )
+        return adapter_spec(self.base.facts, settings)
 
     @property
     def personal_spec(self) -> AdapterSpec:
         """Shapes of a personal adapter."""
         settings = self.spec.personal.adapter
-        return AdapterSpec.from_base(
-            self.base.facts, settings.targets or (), rank=settings.rank, alpha=settings.alpha
-        )
+        return adapter_spec(self.base.facts, settings)
 
 
 @lru_cache(maxsize=1)

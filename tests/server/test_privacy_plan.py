@@ -8,10 +8,11 @@ import pytest
 
 from fedoppu.common import accounting
 from fedoppu.common.config import EncodingSettings, PrivacySettings, ThresholdSettings
+from fedoppu.common.defaults import fitting_range
 from fedoppu.common.errors import UsageError
 from fedoppu.common.integer_noise import discrete_gaussian
 from fedoppu.server import privacy_plan
-from fedoppu.server.privacy_plan import Federation, fitting_range, plan_privacy
+from fedoppu.server.privacy_plan import Federation, plan_privacy
 
 FIXED = PrivacySettings("central", noise_multiplier=1.0)
 BASE = Federation(privacy=replace(FIXED, sampling="poisson"))
