@@ -132,7 +132,10 @@ class SharedPhase:
         if config.privacy.mechanism == "none" or not config.rounds:
             return
         spec = _spec(config, base)
-        limits = plan_thresholds(config.cohort, config.thresholds)
+        floor = config.thresholds.floor + config.thresholds.corrupt
+        planned = Participation(members, config.cohort, floor, config.rounds, config.rounds)
+        asked = largest_cohort(config.privacy, planned)
+        limits = plan_thresholds(asked, config.thresholds)
         plan = RoundPlan(
             run_id="",
             round=config.rounds,
@@ -147,9 +150,6 @@ class SharedPhase:
             **agreed(config, spec, config.rounds),
         )
         root = Randomness.from_seed(0)  # nothing is drawn
-        floor = config.thresholds.floor + config.thresholds.corrupt
-        planned = Participation(members, config.cohort, floor, config.rounds, config.rounds)
-        asked = largest_cohort(config.privacy, planned)
         privacy_of(config, root, members).complete(plan, asked)
 
 

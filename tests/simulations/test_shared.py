@@ -179,3 +179,15 @@ def test_words_must_hold_the_largest_poisson_cohort_and_not_only_the_expected_on
     drawn = replace(fixed, privacy=replace(fixed.privacy, sampling="poisson"))
     with pytest.raises(UsageError, match="overflow 16-bit words"):
         SharedPhase.check_noise(drawn, own.base, 2000)
+
+
+def test_distributed_noise_is_checked_with_the_plan_that_the_largest_poisson_cohort_would_get(
+    tmp_path: Path,
+) -> None:
+    """A client's share of the noise is of its round's cohort: of the expected one it would be too large for 24."""
+    own = phase(
+        tmp_path,
+        *("cohort=16", "encoding.clip=0.5", "privacy.mechanism=distributed"),
+        *("privacy.noise_multiplier=1.5", "privacy.epsilon=4", "privacy.sampling=poisson"),
+    )
+    SharedPhase.check_noise(own.config, own.base, 24)
