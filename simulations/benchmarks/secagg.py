@@ -5,26 +5,14 @@ those of the specification; what was counted instead of measured says so in its 
 """
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from fedoppu.common.cli import run_command
 from fedoppu.common.errors import UsageError
-from fedoppu.simulations.benchmarks.bench import (
-    FILE_WIDTH,
-    Row,
-    check_target,
-    describe,
-    in_words,
-    machine,
-    one_thread,
-    print_rows,
-    write_result,
-)
+from fedoppu.simulations.benchmarks.bench import check_target, measure, one_thread
 
 GROUPS = ("stream", "client", "server", "two_server", "bytes")
 PACKAGES = ("fedoppu", "flwr", "cryptography", "pycryptodome", "numpy")
@@ -56,7 +44,8 @@ def benchmark(
         from fedoppu.simulations.benchmarks.secagg_rows import Scope, rows_of
 
         logging.getLogger("flwr").setLevel(logging.WARNING)
-        return _run(rows_of(groups, Scope(sizes, lengths, pairs)), json)
+        rows = rows_of(groups, Scope(sizes, lengths, pairs))
+        return measure(rows, packages=PACKAGES, json=json)
 
     run_command(command, "text")
 
@@ -73,19 +62,6 @@ def _check(json: Path | None, pairs: int) -> None:
         raise UsageError(f"--pairs must be at least 1, got {pairs}")
     if json is not None:
         check_target(json)
-
-
-def _run(rows: Iterator[Row], json: Path | None) -> dict[str, Any]:
-    progress, begun = Console(stderr=True, highlight=False), machine(PACKAGES)
-    done = []
-    for row in rows:
-        done.append(row)
-        progress.print(f"  {in_words(row)}", markup=False, soft_wrap=True)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
-    print_rows(describe(begun), done, console)
-    return write_result(json, done, begun) if json is not None else {}
 
 
 if __name__ == "__main__":

@@ -67,6 +67,11 @@ def test_ratio_is_more_where_ours_is_better(row: Row, ratio: float | None, met: 
         assert written["theirs"] is None
 
 
+@pytest.mark.parametrize(("low", "met"), [(9.5, True), (9.4, False), (None, False)])
+def test_a_goal_may_be_one_of_the_worst_pair(low: float | None, met: bool) -> None:
+    assert Row("rate", 12.0, 1.0, kind="rate", goal=10.0, low=low, low_share=0.95).met is met
+
+
 def test_a_goal_without_a_ratio_is_missed() -> None:
     assert Row("cost", 1.0, None, goal=2.0).met is False
     assert Row("cost", 0.0, 1.0, goal=2.0).ratio is None
