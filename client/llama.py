@@ -15,9 +15,9 @@ each exact:
 Adapters and losses are float32, whatever the base computes in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -28,10 +28,10 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 
 from fedoppu.client.batches import Row
 from fedoppu.client.llama_adapters import PackedAdapters
-from fedoppu.client.llama_attention import AttentionPlan, HeadShape, Indices, attention_plan
+from fedoppu.client.llama_attention import HeadShape, Indices, attention_plan
 from fedoppu.client.llama_ops import attend, gated, norm, rotated
 from fedoppu.client.llama_packing import Packed, pack_rows, split_rows
-from fedoppu.client.multi_lora import Level
+from fedoppu.client.multi_lora import AnyLevel, Level, only_lora
 
 FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 # rotary tables that depend on the length of the text are left to the generic path
@@ -91,21 +91,48 @@ def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: model.get_submodule(name) for name in names}
 
 
+class Laid(Protocol):
+    """Tokens of many rows back to back, and those whose outputs are wanted; see `Packed`."""
+
+    @property
+    def tokens(self) -> Indices:
+        """(T,) int64."""
+
+    @property
+    def positions(self) -> Indices:
+        """(T,) of each token in its own text."""
+
+    @property
+    def outputs(self) -> Indices:
+        """(outputs,) tokens whose outputs are wanted."""
+
+
+class Adapters(Protocol):
+    """Adapters of the rows of one pass."""
+
+    def added_to(self, output: Tensor, x: Tensor, name: str) -> Tensor:
+        """The (T, out) product of a module for input x (T, in), with the adapters' parts."""
+
+
+# layer, (asking, heads, head width) queries, (T, key heads, head width) keys and values -> mixed
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class _Pass:
     """The tensors of one pass that all layers use.
 
     Attributes:
         adapters: Over all tokens, and over `outputs` alone.
-        plans: Attention of the layers below the last, and of the last.
+        attend: Mixes the values of a layer; in the last one only `outputs` ask.
         turns: Rotary tables of keys, (T, key heads, head width) cosine and sine.
         asking: The same of queries, (T, heads, head width), divided by the root of the head
             width: the scale of the scores costs nothing there.
         outputs: (outputs,) tokens at which answers are predicted.
     """
 
-    adapters: tuple[PackedAdapters, PackedAdapters]
-    plans: tuple[AttentionPlan, AttentionPlan]
+    adapters: tuple[Adapters, Adapters]
+    attend: Attend
     turns: tuple[Tensor, Tensor]
     asking: tuple[Tensor, Tensor]
     outputs: Tensor = field(repr=False)
@@ -134,33 +161,52 @@ class LlamaEngine:
 
     def losses(self, packed: Packed, targets: Tensor, levels: Sequence[Level]) -> Tensor:
         """(outputs,) float32 losses of the answer tokens, nats."""
-        run = self._prepare(packed, levels)
-        hidden = self._model.model.embed_tokens(self._tensor(packed.tokens))
+        everywhere = PackedAdapters(levels, packed.starts)
+        asking = everywhere.at(self._tensor(packed.outputs), packed.output_starts)
+        hidden = self.hidden(packed, (everywhere, asking), self._attended(packed))
+        return functional.cross_entropy(self.logits(hidden), targets, reduction="none")
+
+    def hidden(self, laid: Laid, adapters: tuple[Adapters, Adapters], attend: Attend) -> Tensor:
+        """(outputs, width) what the output head reads.
+
+        Args:
+            laid: The tokens.
+            adapters: Over all tokens, and over the outputs alone, for the last layer.
+            attend: Mixes the values of a layer; its queries are those of all tokens, in the last
+                layer those of the outputs, scaled already.
+        """
+        run = self._prepare(laid, adapters, attend)
+        hidden = self._model.model.embed_tokens(self._tensor(laid.tokens))
         for index in range(len(self._layers)):
             hidden = self._layer(index, hidden, run)
         final = self._model.model.norm
-        hidden = norm(hidden, final.weight, final.variance_epsilon)
-        logits = functional.linear(hidden, self._model.lm_head.weight, self._model.lm_head.bias)
-        return functional.cross_entropy(logits.float(), targets, reduction="none")
+        return norm(hidden, final.weight, final.variance_epsilon)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(outputs, vocabulary) float32."""
+        head = self._model.lm_head
+        return functional.linear(hidden, head.weight, head.bias).float()
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._model.device)
 
-    def _prepare(self, packed: Packed, levels: Sequence[Level]) -> _Pass:
-        adapters = PackedAdapters(levels, packed.starts)
-        outputs = self._tensor(packed.outputs)
-        plans = [
+    def _attended(self, packed: Packed) -> Attend:
+        """Attention over stretches of the rows, differentiable."""
+        below, last = (
             attention_plan(stretches, packed.positions, self._heads, dtype=self._model.dtype)
             for stretches in (packed.stretches, packed.last)
-        ]
+        )
+        plans = (*[below] * (len(self._layers) - 1), last)
+        return lambda layer, query, key, value: attend(query, key, value, plans[layer])
+
+    def _prepare(self, laid: Laid, adapters: tuple[Adapters, Adapters], attend: Attend) -> _Pass:
+        heads, scale = self._heads, self._layers[0].self_attn.scaling
         return _Pass(
-            adapters=(adapters, adapters.at(outputs, packed.output_starts)),
-            plans=(plans[0], plans[1]),
-            turns=self._turns(packed.positions, self._heads.key_heads),
-            asking=self._turns(
-                packed.positions, self._heads.heads, self._layers[0].self_attn.scaling
-            ),
-            outputs=outputs,
+            adapters=adapters,
+            attend=attend,
+            turns=self._turns(laid.positions, heads.key_heads),
+            asking=self._turns(laid.positions, heads.heads, scale),
+            outputs=self._tensor(laid.outputs),
         )
 
     def _turns(self, positions: Indices, heads: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -177,13 +223,12 @@ class LlamaEngine:
         layer = self._layers[index]
         name = f"model.layers.{index}"
         last = index == len(self._layers) - 1
-        attention = self._attention(layer, hidden, run, name=f"{name}.self_attn", last=last)
+        attention = self._attention(index, hidden, run, last=last)
         hidden = (hidden.index_select(0, run.outputs) if last else hidden) + attention
         return hidden + _mlp(layer, hidden, run.adapters[last], name=f"{name}.mlp")
 
-    def _attention(
-        self, layer: Any, hidden: Tensor, run: _Pass, *, name: str, last: bool
-    ) -> Tensor:
+    def _attention(self, index: int, hidden: Tensor, run: _Pass, *, last: bool) -> Tensor:
+        layer, name = self._layers[index], f"model.layers.{index}.self_attn"
         module = layer.self_attn
         everywhere, asking = run.adapters[0], run.adapters[last]
         x = norm(hidden, layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon)
@@ -196,11 +241,11 @@ class LlamaEngine:
         key = _product(module.k_proj, x, everywhere, f"{name}.k_proj").view(shape)
         value = _product(module.v_proj, x, everywhere, f"{name}.v_proj").view(shape)
         query = rotated(query.view(-1, self._heads.heads, module.head_dim), *turns)
-        mixed = attend(query, rotated(key, *run.turns), value, run.plans[last])
+        mixed = run.attend(index, query, rotated(key, *run.turns), value)
         return _product(module.o_proj, mixed.flatten(1), asking, f"{name}.o_proj")
 
 
-def _mlp(layer: Any, hidden: Tensor, adapters: PackedAdapters, *, name: str) -> Tensor:
+def _mlp(layer: Any, hidden: Tensor, adapters: Adapters, *, name: str) -> Tensor:
     module, scale = layer.mlp, layer.post_attention_layernorm
     x = norm(hidden, scale.weight, scale.variance_epsilon)
     gate = _product(module.gate_proj, x, adapters, f"{name}.gate_proj")
@@ -208,7 +253,7 @@ def _mlp(layer: Any, hidden: Tensor, adapters: PackedAdapters, *, name: str) -> 
     return _product(module.down_proj, gated(gate, up), adapters, f"{name}.down_proj")
 
 
-def _product(module: nn.Linear, x: Tensor, adapters: PackedAdapters, name: str) -> Tensor:
+def _product(module: nn.Linear, x: Tensor, adapters: Adapters, name: str) -> Tensor:
     """(T, out) of a frozen linear layer with its adapters; autograd keeps nothing for the former."""
     return adapters.added_to(functional.linear(x, module.weight, module.bias), x, name)
 
@@ -247,6 +292,6 @@ class PackedPass:
         """Lays out what each row has for each of its tokens, (T, width)."""
         return self.engine._tensor(np.concatenate(parts))
 
-    def losses(self, levels: Sequence[Level]) -> Tensor:
+    def losses(self, levels: Sequence[AnyLevel]) -> Tensor:
         """(outputs,) float32 losses of the answer tokens, nats."""
-        return self.engine.losses(self.packed, self.targets, levels)
+        return self.engine.losses(self.packed, self.targets, only_lora(levels))
