@@ -11,6 +11,7 @@ from fedoppu.common.config import RunConfig, as_flat, to_yaml
 from fedoppu.common.privacy import PrivacySpent, spent
 from fedoppu.server.metrics import privacy_data, privacy_text, read_privacy
 from fedoppu.server.privacy import participation
+from fedoppu.simulations.costs import total
 from fedoppu.simulations.evaluation import Arm
 from fedoppu.simulations.panels import Unit
 from fedoppu.simulations.report_data import Recall, ReportData, RoundPoint
@@ -28,9 +29,10 @@ class FederationResult:
     Attributes:
         phase: Its settings, users and folder.
         rounds: Deterministic metrics of each round.
-        timing: Wall times.
+        timing: Wall times of each round; then what each process spent in each phase.
         arms: Scores of each arm.
         lengths: User: items in the own history.
+        tokens: That the adapters of single users were trained on, repetitions included.
     """
 
     phase: SharedPhase
@@ -38,6 +40,7 @@ class FederationResult:
     timing: tuple[Record, ...]
     arms: tuple[Arm, ...] = field(repr=False)
     lengths: Mapping[str, int] = field(repr=False)
+    tokens: int = 0
 
     @property
     def metrics(self) -> tuple[Record, ...]:
@@ -102,8 +105,10 @@ def named(result: FederationResult, records: Sequence[Record]) -> list[Record]:
     return [names | record for record in records]
 
 
-def report_data(run: RunConfig, table: Table, results: Sequence[FederationResult]) -> ReportData:
-    """Everything that the report of a run shows."""
+def report_data(
+    run: RunConfig, table: Table, results: Sequence[FederationResult], *, resumed: int = 0
+) -> ReportData:
+    """Everything that the report of a run shows; `resumed` is how many times it was."""
     return ReportData(
         table=table,
         config=to_yaml(as_flat(run)),
@@ -111,7 +116,7 @@ def report_data(run: RunConfig, table: Table, results: Sequence[FederationResult
         rounds=[point for result in results for point in _points(result)],
         lengths=_lengths(run, results),
         recalls=_recalls(results),
-        costs=_costs(results),
+        costs=_costs(results, resumed),
         environment=_environment(run),
         warnings=_warnings(run, results),
         confidence=run.confidence,
@@ -181,15 +186,30 @@ def _recalls(results: Sequence[FederationResult]) -> list[Recall]:
     return list(found.values())
 
 
-def _costs(results: Sequence[FederationResult]) -> list[tuple[str, str]]:
+def _costs(results: Sequence[FederationResult], resumed: int) -> list[tuple[str, str]]:
+    """Of all processes that worked on the run."""
     costs = [("parameters of the base", f"{results[0].phase.base.num_parameters:,}")]
     for result in results:
-        spent = result.timing[-1]
-        users = len(result.phase.users.target)
-        costs.append((f"{result.phase.name}: shared phase", f"{spent['shared_seconds']:.0f} s"))
-        per_user = spent["personal_seconds"] / users
+        shared, personal = (
+            total(result.timing, f"{phase}_seconds") for phase in ("shared", "personal")
+        )
+        per_user = personal / len(result.phase.users.target)
+        costs.append((f"{result.phase.name}: shared phase", f"{shared:.0f} s"))
         costs.append((f"{result.phase.name}: a target user, all arms", f"{per_user:.1f} s"))
+    wall, cpu = (_all_phases(results, figure) for figure in ("seconds", "cpu_seconds"))
+    costs.append(("all phases", f"{wall:.0f} s of wall time, {cpu:.0f} s of CPU time"))
+    tokens = sum(result.tokens for result in results)
+    costs.append(("tokens that adapters of single users were trained on", f"{tokens:,}"))
+    costs.append(("times that the run was resumed", str(resumed)))
     return costs
+
+
+def _all_phases(results: Sequence[FederationResult], figure: str) -> float:
+    return sum(
+        total(result.timing, f"{phase}_{figure}")
+        for result in results
+        for phase in ("shared", "personal")
+    )
 
 
 def _environment(run: RunConfig) -> list[tuple[str, str]]:

@@ -15,7 +15,6 @@ rounds and groups are kept, all else is a function of the settings and is done a
 
 import json
 import shlex
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from fedoppu.common.defaults import federation, personal_settings
 from fedoppu.common.errors import FedoppuError, UsageError
 from fedoppu.common.randomness import Randomness
 from fedoppu.simulations.console import Console
+from fedoppu.simulations.costs import TIMING, Costs, begin_process, processes, write_lines
 from fedoppu.simulations.evaluation import Evaluation, chosen_arms, evaluate
 from fedoppu.simulations.executors import Workforce
 from fedoppu.simulations.helper import pinned_helper
@@ -42,7 +42,6 @@ from fedoppu.simulations.ray_executor import RayWorkforce, import_ray
 from fedoppu.simulations.report import write_report
 from fedoppu.simulations.results import (
     FederationResult,
-    Record,
     control_note,
     named,
     privacy_lines,
@@ -125,9 +124,10 @@ class Work:
 def _work(work: Work, console: Console) -> dict[str, Any]:
     with _resumable(work.folder, console):
         _warn(work.run, console)
+        process = begin_process(work.folder, work.place)
         with _workforce(work.place) as workforce:
             results = [
-                _run_federation(phase, workforce, console)
+                _run_federation(phase, workforce, Costs(phase.folder, process), console=console)
                 for phase in _phases(work.run, work.base, work.folder, console)
             ]
         table = _finish(work.folder, work.run, results)
@@ -225,33 +225,33 @@ def _phases(
 
 
 def _run_federation(
-    phase: SharedPhase, workforce: Workforce | RayWorkforce, console: Console
+    phase: SharedPhase, workforce: Workforce | RayWorkforce, costs: Costs, *, console: Console
 ) -> FederationResult:
     """Shared phase, personal phase, scores; leaves everything but the table in the federation's folder."""
     executor = workforce.executor(phase.spec)
-    begun = time.monotonic()
     console.say(
         f"{phase.name}: shared phase, {phase.config.rounds} rounds of {phase.config.cohort}"
     )
     if phase.noise_note:
         console.say(f"  {phase.noise_note}")
-    shared, rounds, timing = train_shared(phase, executor, console)
+    shared, rounds = train_shared(phase, costs.metered(executor, "shared"), costs, console=console)
     save_adapter(phase.folder / "shared", shared, base_name=phase.base.name)
-    trained = time.monotonic()
-    arms = evaluate(_evaluation(phase), executor, console)
-    spent = {
-        "kind": "phases",
-        "shared_seconds": trained - begun,
-        "personal_seconds": time.monotonic() - trained,
-    }
-    result = FederationResult(
-        phase, rounds, (*timing, spent), arms, history_lengths(phase.users, phase.config.task)
-    )
+    costs.spend("shared")
+    arms = evaluate(_evaluation(phase), costs.metered(executor, "personal"), console)
+    costs.spend("personal")
+    lengths = history_lengths(phase.users, phase.config.task)
+    tokens = _trained_tokens(phase.folder / "personal.jsonl")
+    result = FederationResult(phase, rounds, costs.lines, arms, lengths, tokens)
     commit_file(phase.folder / "config.yaml", to_yaml(asdict(phase.config)).encode())
-    _write_jsonl(phase.folder / "metrics.jsonl", named(result, result.metrics))
-    _write_jsonl(phase.folder / "timing.jsonl", named(result, result.timing))
+    write_lines(phase.folder / "metrics.jsonl", named(result, result.metrics))
+    write_lines(phase.folder / TIMING, named(result, result.timing))
     write_table(phase.folder / "table.json", _table(phase.run, [result]))
     return result
+
+
+def _trained_tokens(path: Path) -> int:
+    with path.open(encoding="utf-8") as lines:
+        return sum(json.loads(line)["tokens"] for line in lines)
 
 
 def _evaluation(phase: SharedPhase) -> Evaluation:
@@ -271,12 +271,12 @@ def _finish(folder: Path, run: RunConfig, results: Sequence[FederationResult]) -
     """Writes the files of the whole run."""
     table = _table(run, results)
     rounds = [record for result in results for record in named(result, result.metrics)]
-    _write_jsonl(folder / "metrics.jsonl", rounds)
-    _write_jsonl(
-        folder / "timing.jsonl", [r for result in results for r in named(result, result.timing)]
-    )
+    write_lines(folder / "metrics.jsonl", rounds)
+    spent = [record for result in results for record in named(result, result.timing)]
+    write_lines(folder / TIMING, [*processes(folder), *spent])
     write_table(folder / "table.json", table)
-    write_report(folder / "report.html", report_data(run, table, results))
+    resumed = len(processes(folder)) - 1
+    write_report(folder / "report.html", report_data(run, table, results, resumed=resumed))
     return table
 
 
@@ -301,9 +301,3 @@ def _scores(result: FederationResult) -> Iterator[ArmScores]:
             users=arm.users,
             control=arm.control,
         )
-
-
-def _write_jsonl(path: Path, records: Sequence[Record]) -> None:
-    commit_file(
-        path, "".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode()
-    )

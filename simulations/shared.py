@@ -26,6 +26,7 @@ from fedoppu.server.privacy import privacy_of
 from fedoppu.server.runtime import ServerRuntime
 from fedoppu.simulations.app import MemberSpec, run_in_flower
 from fedoppu.simulations.console import Console
+from fedoppu.simulations.costs import Costs
 from fedoppu.simulations.executors import GroupExecutor
 from fedoppu.simulations.grid import LocalGrid
 from fedoppu.simulations.key_source import GridMarker, simulation_grid
@@ -154,24 +155,29 @@ class SharedPhase:
 
 
 def train_shared(
-    phase: SharedPhase, executor: GroupExecutor, console: Console
-) -> tuple[Adapter, tuple[Record, ...], tuple[Record, ...]]:
+    phase: SharedPhase, executor: GroupExecutor, costs: Costs, *, console: Console
+) -> tuple[Adapter, tuple[Record, ...]]:
     """Runs the rounds of a federation, or as many as its privacy budget allows.
 
+    Args:
+        phase: The federation.
+        executor: Trains the groups of a cohort.
+        costs: Gets the wall times of each round.
+        console: Says how far it is.
+
     Returns:
-        The shared adapter, the deterministic record of each round, and its wall times.
+        The shared adapter, and the deterministic record of each round.
 
     Raises:
         RoundAborted: A round failed too often.
         ClientFailed: An exception in a client; the message names the member.
     """
     records: list[Record] = []
-    timings: list[Record] = []
     begun, rounds = time.monotonic(), phase.config.rounds
 
     def progress(record: RoundRecord, timing: RoundTiming) -> None:
         records.append(record.as_data())
-        timings.append(timing.as_data())
+        costs.round_done(timing.as_data())
         if record.round > before:
             pace = (time.monotonic() - begun) / (record.round - before)
             console.round_done(records[-1], rounds, left=pace * (rounds - record.round))
@@ -195,7 +201,7 @@ def train_shared(
         else:
             _run_locally(runtime, SimulatedUsers(federation, executor))
     latest = runtime.checkpoints.latest()
-    return latest.adapter if latest else runtime.initial, tuple(records), tuple(timings)
+    return latest.adapter if latest else runtime.initial, tuple(records)
 
 
 def _take_up(runtime: ServerRuntime) -> int:

@@ -82,6 +82,7 @@ def test_the_report_is_told_of_rounds_costs_and_lengths() -> None:
     point = data.rounds[0]
     assert (point.round, point.asked, point.dropped, point.bytes_up) == (1, 3, 1, 10)
     costs = dict(data.costs)
+    assert costs["times that the run was resumed"] == "0"
     assert costs["LaMP_3 k=0 profile=none seed=0: shared phase"] == "3 s"
     assert costs["LaMP_3 k=0 profile=none seed=0: a target user, all arms"] == "2.0 s"
     assert {unit.user: length for unit, length in data.lengths.items()} == {"t0": 12, "t1": 12}

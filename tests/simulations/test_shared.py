@@ -15,6 +15,7 @@ from fedoppu.common.defaults import federation, personal_settings
 from fedoppu.common.errors import BaseModelError, ClientFailed, RoundAborted, UsageError
 from fedoppu.common.rounds import RoundPlan
 from fedoppu.simulations.console import Console
+from fedoppu.simulations.costs import Costs
 from fedoppu.simulations.executors import GroupExecutor
 from fedoppu.simulations.shared import SharedPhase, train_shared
 from fedoppu.simulations.users import PreparedUsers
@@ -36,13 +37,13 @@ def phase(folder: Path, *changes: str, members: int = 6) -> SharedPhase:
 
 
 def train(own: SharedPhase, executor: FakeExecutor | None = None) -> Any:
-    return train_shared(own, cast(GroupExecutor, executor or FakeExecutor()), QUIET)
+    trained = cast(GroupExecutor, executor or FakeExecutor())
+    return train_shared(own, trained, Costs(own.folder, 1), console=QUIET)
 
 
 def test_rounds_are_recorded_committed_and_their_model_is_the_result(tmp_path: Path) -> None:
-    adapter, records, timing = train(phase(tmp_path))
+    adapter, records = train(phase(tmp_path))
     assert [record["round"] for record in records] == [1, 2]
-    assert [record["round"] for record in timing] == [1, 2]
     assert adapter.digest() == records[-1]["model_hash"]
     assert adapter.parent is None
     assert sorted(path.name for path in (tmp_path / "rounds").iterdir())[:2] == ["0001", "0002"]
@@ -61,7 +62,7 @@ def test_groups_are_of_the_configured_size(tmp_path: Path) -> None:
 
 
 def test_without_rounds_the_result_is_the_initial_adapter(tmp_path: Path) -> None:
-    adapter, records, _ = train(phase(tmp_path, "rounds=0"))
+    adapter, records = train(phase(tmp_path, "rounds=0"))
     assert records == ()
     assert not any(adapter.tensors[name].any() for name in adapter.tensors if name.endswith(".B"))
 
@@ -75,7 +76,7 @@ def test_plain_updates_print_a_warning(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_dropouts_are_recorded_and_the_rounds_go_on(tmp_path: Path) -> None:
     own = phase(tmp_path, "research.dropout=0.2", "rounds=6", "cohort=10", members=20)
-    _, records, _ = train(own)
+    _, records = train(own)
     assert len(records) == 6
     dropped = [record for record in records if record["dropped"]]
     assert dropped
@@ -129,7 +130,7 @@ def test_private_rounds_end_with_the_budget_and_the_run_goes_on(
         *("rounds=5", f"privacy.mechanism={mechanism}", "privacy.noise_multiplier=2"),
         "privacy.epsilon=3",
     )
-    adapter, records, _ = train(own)
+    adapter, records = train(own)
     done = len(records)
     assert gaussian_epsilon(2.0, done, 1e-5) <= 3 < gaussian_epsilon(2.0, done + 1, 1e-5)
     assert adapter.digest() == records[-1]["model_hash"]
