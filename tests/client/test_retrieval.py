@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedoppu.client import retrieval
 from fedoppu.client.retrieval import CausalIndex, words
 from fedoppu.common.config import RetrieverSettings
 from fedoppu.common.errors import UsageError
@@ -66,6 +67,16 @@ def test_scores_of_one_pass_equal_those_of_rebuilding_bit_for_bit(texts: list[st
         assert found.tobytes() == CausalIndex(texts[:i], SETTINGS).scores(text).tobytes()
 
 
+@given(texts=TEXTS, queries=TEXTS, block=st.sampled_from([1, 7, 40]))
+def test_blocks_change_nothing(texts: list[str], queries: list[str], block: int) -> None:
+    asked = (queries + texts)[: len(texts)]
+    whole = CausalIndex(texts, SETTINGS).causal_scores(asked)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(retrieval, "BLOCK", block)
+        parts = CausalIndex(texts, SETTINGS).causal_scores(asked)
+    assert [scores.tobytes() for scores in parts] == [scores.tobytes() for scores in whole]
+
+
 @given(texts=TEXTS, k=st.integers(1, 20))
 def test_the_best_come_first_and_the_newer_among_equals(texts: list[str], k: int) -> None:
     for query in texts:
@@ -82,24 +93,27 @@ def test_later_documents_change_nothing(texts: list[str], later: list[str]) -> N
     assert followed[: len(texts)] == alone
 
 
-def test_scores_have_the_order_of_rank_bm25_with_lucenes_idf() -> None:
+def test_each_prefix_has_the_scores_and_the_ranking_of_rank_bm25_with_lucenes_idf() -> None:
     bm25 = pytest.importorskip("rank_bm25")
     generator = np.random.default_rng(0)
     texts = [
         " ".join(map(str, generator.zipf(1.5, generator.integers(3, 30)).clip(0, 60)))
-        for _ in range(40)
+        for _ in range(120)
     ]
-    other = bm25.BM25Okapi([words(text) for text in texts], k1=SETTINGS.k1, b=SETTINGS.b)
-    frequency = Counter(word for text in texts for word in set(words(text)))
-    other.idf = {
-        word: math.log(1 + (len(texts) - n + 0.5) / (n + 0.5)) for word, n in frequency.items()
-    }
     index = CausalIndex(texts, SETTINGS)
-    for text in texts:
-        theirs = other.get_scores(words(text))
-        np.testing.assert_allclose(index.scores(text), theirs, rtol=0, atol=1e-12)
-        order = np.argsort(-theirs[::-1], kind="stable")
-        assert list(index.top_k(text, 5)) == (len(texts) - 1 - order[:5]).tolist()
+    found = zip(index.causal_scores(texts), index.causal_top_k(texts, len(texts)), strict=True)
+    for i, (scores, order) in enumerate(found):
+        if not i:
+            continue
+        split = [words(text) for text in texts[:i]]
+        other = bm25.BM25Okapi(split, k1=SETTINGS.k1, b=SETTINGS.b)
+        held = Counter(word for text in split for word in set(text))
+        other.idf = {word: math.log(1 + (i - n + 0.5) / (n + 0.5)) for word, n in held.items()}
+        theirs = other.get_scores(words(texts[i]))
+        np.testing.assert_allclose(scores, theirs, rtol=0, atol=1e-12)
+        assert sorted(order) == list(range(i))
+        # the same order, but among documents that rounding alone tells apart
+        assert (np.diff(theirs[list(order)]) <= 1e-12).all()
 
 
 def test_an_empty_history_gives_nothing() -> None:
