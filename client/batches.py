@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedoppu.client.devices import CPU, on_device
 from fedoppu.client.jobs import Example
 from fedoppu.client.multi_lora import Outputs
 from fedoppu.common.errors import DataError
@@ -60,8 +61,16 @@ class TokenBatch:
     sources: NDArray[np.int64]
 
 
-def check_examples(examples: Sequence[Example], *, vocab: int, max_tokens: int) -> None:
+def check_examples(
+    examples: Sequence[Example], *, vocab: int, max_tokens: int, virtual: int = 0
+) -> None:
     """Checks that examples can be learnt from.
+
+    Args:
+        examples: As text: without virtual tokens.
+        vocab: Size of the base's vocabulary.
+        max_tokens: Longest text that the base takes.
+        virtual: Number of virtual tokens that come before each.
 
     Raises:
         DataError: One has no answer or prompt, is too long, or has a token the base does not know.
@@ -69,11 +78,14 @@ def check_examples(examples: Sequence[Example], *, vocab: int, max_tokens: int) 
     for index, example in enumerate(examples):
         if not len(example.answer):
             raise DataError(f"example {index} has an empty answer: there is nothing to learn")
-        length = len(example.prompt) + len(example.answer)
+        length = virtual + len(example.prompt) + len(example.answer)
         check_tokens(f"example {index}", example.prompt, vocab=vocab, max_tokens=max_tokens)
         check_tokens(f"example {index}", example.answer, vocab=vocab, max_tokens=max_tokens)
         if length > max_tokens:
-            raise DataError(f"example {index} has {length} tokens, the base takes {max_tokens}")
+            of_them = f", {virtual} of them virtual" if virtual else ""
+            raise DataError(
+                f"example {index} has {length} tokens{of_them}, the base takes {max_tokens}"
+            )
 
 
 def check_tokens(name: str, tokens: NDArray[np.int32], *, vocab: int, max_tokens: int) -> None:
@@ -125,20 +137,21 @@ def split_by_length(
     return batches[::-1]
 
 
-def pad_rows(rows: Sequence[NDArray[np.int32]], pad: int) -> Tensor:
+def pad_rows(rows: Sequence[NDArray[np.int32]], pad: int, device: torch.device = CPU) -> Tensor:
     """Rows as one (rows, longest) int64 tensor, padded on the right."""
     padded = np.full((len(rows), max(len(row) for row in rows)), pad, np.int64)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row
-    return torch.from_numpy(padded)
+    return on_device(padded, device)
 
 
-def pack(rows: Sequence[Row], *, pad: int) -> list[TokenBatch]:
+def pack(rows: Sequence[Row], *, pad: int, device: torch.device = CPU) -> list[TokenBatch]:
     """Packs rows into batches; rows of one user that follow each other stay together."""
-    return [_batch(rows, picked, pad) for picked in split_by_length([row.length for row in rows])]
+    lengths = [row.length for row in rows]
+    return [_batch(rows, picked, pad, device=device) for picked in split_by_length(lengths)]
 
 
-def _batch(rows: Sequence[Row], picked: list[int], pad: int) -> TokenBatch:
+def _batch(rows: Sequence[Row], picked: list[int], pad: int, *, device: torch.device) -> TokenBatch:
     chosen = [rows[index].example for index in picked]
     answers = [len(example.answer) for example in chosen]
     inputs = [np.concatenate([example.prompt, example.answer[:-1]]) for example in chosen]
@@ -149,9 +162,9 @@ def _batch(rows: Sequence[Row], picked: list[int], pad: int) -> TokenBatch:
     )
     index = np.asarray(picked, np.int64)
     return TokenBatch(
-        tokens=pad_rows(inputs, pad),
+        tokens=pad_rows(inputs, pad, device),
         picked=index,
-        outputs=Outputs(torch.from_numpy(local), torch.from_numpy(positions)),
-        targets=torch.from_numpy(np.concatenate([e.answer for e in chosen]).astype(np.int64)),
+        outputs=Outputs(on_device(local, device), on_device(positions, device)),
+        targets=on_device(np.concatenate([e.answer for e in chosen]).astype(np.int64), device),
         sources=index[local],
     )

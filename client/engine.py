@@ -5,15 +5,16 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from fedoppu.client.batches import Row, TokenBatch, pack
+from fedoppu.client.devices import on_device
 from fedoppu.client.llama import LlamaEngine, fast_path
 from fedoppu.client.model import LoadedBase
-from fedoppu.client.multi_lora import Level, logits_at
+from fedoppu.client.multi_lora import AnyLevel, logits_at
+from fedoppu.common.adapters import AdapterSpec, Spec
 
 
 class Pass(Protocol):
@@ -30,7 +31,7 @@ class Pass(Protocol):
     def spread(self, parts: Sequence[NDArray[np.float32]]) -> Tensor:
         """Lays out what each row has for each of its tokens as the levels' dropout wants it."""
 
-    def losses(self, levels: Sequence[Level]) -> Tensor:
+    def losses(self, levels: Sequence[AnyLevel]) -> Tensor:
         """(outputs,) float32 losses of the answer tokens, nats; the levels have a slot a row."""
 
 
@@ -47,9 +48,36 @@ class Engine(Protocol):
         """
 
 
+def takes_fast_path(base: LoadedBase, stack: Sequence[Spec]) -> bool:
+    """Whether a stack of adapters on a base takes the fast path; what does not takes the generic one.
+
+    Training and answering ask here, and nowhere else.
+
+    Args:
+        base: `llama.fast_path` says why one does not.
+        stack: Specs from the lowest adapter to the highest.
+    """
+    return fast_path(base.model) is None and all(isinstance(one, AdapterSpec) for one in stack)
+
+
+class Engines:
+    """The engines of one base, each made once."""
+
+    def __init__(self, base: LoadedBase) -> None:
+        """Compute with `base`, which is never changed."""
+        self._base = base
+        self._generic = GenericEngine(base)
+        self._fast = LlamaEngine(base.model) if takes_fast_path(base, ()) else None
+
+    def of(self, stack: Sequence[Spec]) -> Engine:
+        """The fastest engine that takes a stack of adapters."""
+        fast = self._fast if takes_fast_path(self._base, stack) else None
+        return fast or self._generic
+
+
 def engine_for(base: LoadedBase) -> Engine:
-    """The fast path where the base takes it, the generic one elsewhere."""
-    return GenericEngine(base) if fast_path(base.model) else LlamaEngine(base.model)
+    """The fastest engine of a base for LoRA adapters."""
+    return Engines(base).of(())
 
 
 class GenericEngine:
@@ -61,7 +89,8 @@ class GenericEngine:
 
     def passes(self, rows: Sequence[Row], *, share: bool) -> "list[PaddedPass]":
         """Rows of similar length, padded; prefixes are never shared."""
-        return [PaddedPass(self._base, batch) for batch in pack(rows, pad=self._base.tokenizer.pad)]
+        packed = pack(rows, pad=self._base.tokenizer.pad, device=self._base.device)
+        return [PaddedPass(self._base, batch) for batch in packed]
 
 
 @dataclass(frozen=True)
@@ -86,9 +115,9 @@ class PaddedPass:
         laid = np.ones((*self.batch.tokens.shape, parts[0].shape[1]), np.float32)
         for row, part in zip(laid, parts, strict=True):
             row[: len(part)] = part
-        return torch.from_numpy(laid)
+        return on_device(laid, self.base.device)
 
-    def losses(self, levels: Sequence[Level]) -> Tensor:
+    def losses(self, levels: Sequence[AnyLevel]) -> Tensor:
         """(outputs,) float32 losses of the answer tokens, nats."""
         batch = self.batch
         logits = logits_at(self.base.model, batch.tokens, batch.outputs, levels=levels)

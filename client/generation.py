@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from fedoppu.client.jobs import ModelQuery
 from fedoppu.client.model import LoadedBase
-from fedoppu.client.multi_lora import Level, adapted, stack_levels
+from fedoppu.client.multi_lora import AnyLevel, adapted, stack_levels
 
 
 def generate_batch(base: LoadedBase, queries: Sequence[ModelQuery]) -> list[tuple[int, ...]]:
@@ -58,7 +58,7 @@ def _next_tokens(
     mask: Tensor,
     *,
     cache: DynamicCache,
-    levels: Sequence[Level],
+    levels: Sequence[AnyLevel],
 ) -> Tensor:
     positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -tokens.shape[1] :]
     with torch.no_grad(), adapted(base.model, levels):

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedoppu.client.batches import Row
+from fedoppu.client.devices import CPU, as_array, on_device
 from fedoppu.client.engine import Engine, Pass
-from fedoppu.client.multi_lora import Factors, Level, stack_levels
+from fedoppu.client.multi_lora import AnyLevel, Level, level_of, stack_levels, stack_tensors
 from fedoppu.client.optimizer import UserAdamW, user_rules
 from fedoppu.client.plans import Plan
 from fedoppu.common.adapters import Adapter, Factor
@@ -48,8 +49,14 @@ class Group:
         tallies: Of each user.
     """
 
-    def __init__(self, engine: Engine, plans: Sequence[Plan]) -> None:
-        """Stack the plans' adapters; they share a spec, the trainable factors, the frozen specs."""
+    def __init__(self, engine: Engine, plans: Sequence[Plan], device: torch.device = CPU) -> None:
+        """Stack the plans' adapters; they share a spec, the trainable factors, the frozen specs.
+
+        Args:
+            engine: Computes their losses.
+            plans: Of the users.
+            device: Of the base.
+        """
         self.plans = sorted(plans, key=lambda plan: -plan.steps)
         self.tallies = [Tally() for _ in self.plans]
         self._engine = engine
@@ -57,8 +64,9 @@ class Group:
         self._spec = jobs[0].start.spec
         self._trainable: tuple[Factor, ...] = jobs[0].trainable
         starts = [job.start for job in jobs]
-        self._frozen = stack_levels([job.frozen for job in jobs])
-        self._start = stack_levels([(start,) for start in starts])[0]
+        self._frozen = stack_levels([job.frozen for job in jobs], device)
+        self._fixed, self._slots = stack_tensors(starts, device)
+        self._start = level_of(self._spec, self._fixed, self._slots)
         self._optimizer = UserAdamW(
             np.stack([self._spec.flatten(start.tensors, self._trainable) for start in starts]),
             user_rules(
@@ -66,6 +74,7 @@ class Group:
                 [job.anchor for job in jobs],
                 starts,
                 factors=self._trainable,
+                device=device,
             ),
         )
         self._active = 0
@@ -88,7 +97,7 @@ class Group:
         with torch.no_grad():
             for batch in self._engine.passes(rows, share=True):
                 levels = self._levels(self._start, rows, batch)
-                loss = batch.losses(levels).double().cpu().numpy()
+                loss = as_array(batch.losses(levels).double())
                 counts = np.bincount(batch.sources, minlength=len(rows))[batch.sources]
                 np.add.at(means, batch.sources, loss / counts)
         owners = np.array([row.owner for row in rows], np.int64)
@@ -113,11 +122,13 @@ class Group:
         dropping = any(plan.job.settings.dropout for plan in self.plans[:active])
         for batch in self._engine.passes(rows, share=not dropping):
             owners = np.array([rows[source].owner for source in batch.sources])
-            own = self._with_dropout(rows, batch, step) if dropping else self._own
+            own = self._own
+            if dropping and isinstance(own, Level):
+                own = self._dropping(own, rows, batch, step=step)
             loss = batch.losses(self._levels(own, rows, batch))
-            weights = torch.from_numpy(1.0 / counts[owners]).to(loss)
+            weights = on_device(1.0 / counts[owners], loss.device).to(loss.dtype)
             self._add_gradients((loss * weights).sum())
-            np.add.at(losses, owners, loss.detach().double().cpu().numpy())
+            np.add.at(losses, owners, as_array(loss.double()))
         for row in rows:
             self.tallies[row.owner].tokens += row.length
         self._record(step, losses, counts)
@@ -134,7 +145,7 @@ class Group:
         start = self.plans[owner].job.start
         if not self.plans[owner].steps:
             return start
-        vector = self._optimizer.values[owner].numpy().copy()
+        vector = as_array(self._optimizer.values[owner]).copy()
         error = self.tallies[owner].error
         if error is None and not np.isfinite(vector).all():
             error = _diverged("the adapter", self.plans[owner], self.plans[owner].steps)
@@ -167,27 +178,20 @@ class Group:
             return
         self._active = active
         self._leaves = {}
-        start = 0
+        device, start = self._optimizer.values.device, 0
         for name, (rows, columns) in self._spec.shapes(self._trainable).items():
             part = slice(start, start + rows * columns)
             start += rows * columns
             leaf = self._optimizer.values[:active, part].view(active, rows, columns).detach()
             gradient = self._optimizer.gradients[:active, part].view(active, rows, columns)
             self._leaves[name] = (leaf.requires_grad_(), gradient)
-        self._own = Level(
-            {name: self._factors(name, active) for name in self._start.factors},
-            self._spec.scale,
-            np.arange(active),
-        )
-
-    def _factors(self, name: str, active: int) -> Factors:
-        """The first users' factors of one module: leaves, or the start's where not trained."""
-        fixed = self._start.factors[name]
-        a, b = f"{name}.A", f"{name}.B"
-        return Factors(
-            a=self._leaves[a][0] if a in self._leaves else fixed.a[:active],
-            b=self._leaves[b][0] if b in self._leaves else fixed.b[:active],
-        )
+        fixed = {
+            name: tensor if len(tensor) == 1 else tensor[on_device(self._slots[:active], device)]
+            for name, tensor in self._fixed.items()
+            if name not in self._leaves
+        }
+        leaves = {name: leaf for name, (leaf, _) in self._leaves.items()}
+        self._own = level_of(self._spec, fixed | leaves, np.arange(active))
 
     def _add_gradients(self, loss: Tensor) -> None:
         leaves = [leaf for leaf, _ in self._leaves.values()]
@@ -195,11 +199,11 @@ class Group:
         for (_, gradient), part in zip(self._leaves.values(), found, strict=True):
             gradient.add_(part)
 
-    def _levels(self, own: Level, rows: Sequence[Row], batch: Pass) -> list[Level]:
+    def _levels(self, own: AnyLevel, rows: Sequence[Row], batch: Pass) -> list[AnyLevel]:
         owners = np.array([rows[index].owner for index in batch.picked])
         return [level.take(owners) for level in (*self._frozen, own)]
 
-    def _with_dropout(self, rows: Sequence[Row], batch: Pass, step: int) -> Level:
+    def _dropping(self, own: Level, rows: Sequence[Row], batch: Pass, *, step: int) -> Level:
         """The trained level with each row's own masks of this step.
 
         A mask is drawn for each row alone, so that it does not depend on padding, packing or users.
@@ -210,12 +214,11 @@ class Group:
             job.randomness.child("dropout", step, row.place)
             for job, row in zip(jobs, chosen, strict=True)
         ]
-        widths = {target.name: target.in_features for target in self._spec.targets}
 
         def mask(name: str) -> Tensor:
-            parts = []
+            parts, width = [], own.factors[name].a.shape[-1]
             for row, job, root in zip(chosen, jobs, roots, strict=True):
-                share, shape = job.settings.dropout, (row.length, widths[name])
+                share, shape = job.settings.dropout, (row.length, width)
                 kept = np.ones(shape, np.float32)
                 if share:
                     draw = root.stream("mask", name).random(shape, np.float32)
@@ -223,7 +226,7 @@ class Group:
                 parts.append(kept)
             return batch.spread(parts)
 
-        return replace(self._own, dropout=mask)
+        return replace(own, dropout=mask)
 
 
 def _diverged(what: str, plan: Plan, step: int) -> ClientFailed:

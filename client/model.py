@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from fedoppu.client.devices import as_array, on_device
 from fedoppu.client.gguf import dequantized
 from fedoppu.common.base import BaseFacts, read_base
 from fedoppu.common.errors import BaseModelError, UsageError
@@ -115,9 +118,22 @@ class LoadedBase:
     tokenizer: BaseTokenizer = field(repr=False)
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes: every tensor of a step lies there."""
+        return self.model.device
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the input embedding: token ids are below it."""
         return int(cast(Any, self.model).get_input_embeddings().weight.shape[0])
+
+    def embeddings(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """(tokens, width) float32 input embeddings of some tokens."""
+        table = cast(Any, self.model).get_input_embeddings()
+        with torch.no_grad():
+            found = table(on_device(np.array(tokens, np.int64), self.device))
+        rows: NDArray[np.float32] = as_array(found.float())
+        return rows
 
 
 def resolve_base(name: str) -> BaseFacts:

@@ -8,10 +8,10 @@ call: nothing is injected into the model, its parameters and classes are never t
 hooks act only in the thread that made the call, so that a daemon can answer from the same model
 while it trains.
 
-This is the generic path: any transformers causal LM whose targets are `nn.Linear`.
+This is the generic path: any transformers causal LM whose targets are `nn.Linear`. What it does for
+(IA)^3 is in `scales`, for prompt tuning in `virtual_tokens`.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from fedoppu.common.adapters import Adapter
+from fedoppu.client.devices import CPU, on_device
+from fedoppu.client.hooks import after, before, linear_module, require_rows
+from fedoppu.client.scales import Scales, scale_modules
+from fedoppu.client.virtual_tokens import VirtualTokens, embed_virtual
+from fedoppu.common.adapter_kinds import VIRTUAL, Ia3Spec, PromptSpec
+from fedoppu.common.adapters import Adapter, AdapterSpec, Spec
 from fedoppu.common.errors import AdapterError, BaseModelError
 
 Slots = NDArray[np.int64]
@@ -64,6 +69,21 @@ class Level:
         return replace(self, slots=self.slots[rows])
 
 
+AnyLevel = Level | Scales | VirtualTokens
+
+
+def only_lora(levels: Sequence[AnyLevel]) -> list[Level]:
+    """The levels, for what computes with LoRA adapters alone.
+
+    Raises:
+        AdapterError: A level is of another kind.
+    """
+    loras = [level for level in levels if isinstance(level, Level)]
+    if len(loras) < len(levels):
+        raise AdapterError("only LoRA adapters are computed here: take the generic path")
+    return loras
+
+
 @dataclass(frozen=True)
 class Outputs:
     """Positions of a batch at which logits are wanted.
@@ -81,10 +101,16 @@ def check_stack(adapters: Sequence[Adapter], base_hash: str) -> None:
     """Checks that a stack fits: each adapter's base, its tensors, and that its parent is below it.
 
     Raises:
-        AdapterError: An adapter was made for another base or on another adapter, or is malformed.
+        AdapterError: An adapter was made for another base or on another adapter, is malformed, or
+            lies on one that is no LoRA.
     """
     parent: str | None = None
-    for adapter in adapters:
+    for place, adapter in enumerate(adapters):
+        if place + 1 < len(adapters) and not isinstance(adapter.spec, AdapterSpec):
+            raise AdapterError(
+                f"a stack has an {adapter.spec.identity} adapter under another one",
+                hint="only LoRA adapters can have adapters on top of them",
+            )
         adapter.require(base_hash=base_hash, parent=parent)
         for name, shape in adapter.spec.shapes().items():
             found = adapter.tensors[name].shape if name in adapter.tensors else "none"
@@ -93,35 +119,71 @@ def check_stack(adapters: Sequence[Adapter], base_hash: str) -> None:
         parent = adapter.digest()
 
 
-def stack_levels(stacks: Sequence[tuple[Adapter, ...]]) -> tuple[Level, ...]:
+def stack_levels(
+    stacks: Sequence[tuple[Adapter, ...]], device: torch.device = CPU
+) -> tuple[AnyLevel, ...]:
     """Stacks the frozen adapters of rows whose stacks have the same specs, level by level.
 
     Args:
         stacks: Of each row; an adapter that several rows share is held once.
+        device: Of the base.
     """
-    return tuple(_stack_level(adapters) for adapters in zip(*stacks, strict=True))
+    return tuple(_stack_level(adapters, device) for adapters in zip(*stacks, strict=True))
 
 
-def _stack_level(adapters: Sequence[Adapter]) -> Level:
+def _stack_level(adapters: Sequence[Adapter], device: torch.device) -> AnyLevel:
+    stacked, slots = stack_tensors(adapters, device)
+    return level_of(adapters[0].spec, stacked, slots)
+
+
+def stack_tensors(
+    adapters: Sequence[Adapter], device: torch.device
+) -> tuple[dict[str, Tensor], Slots]:
+    """The tensors of rows' adapters of one spec; an adapter that several rows share is held once.
+
+    Returns:
+        By name (adapters, ...) float32, and for each row which of the adapters is its own.
+    """
     distinct = {id(adapter): adapter for adapter in adapters}
     slot = {key: index for index, key in enumerate(distinct)}
-    spec = adapters[0].spec
-    factors = {
-        target.name: Factors(
-            _stack([adapter.tensors[f"{target.name}.A"] for adapter in distinct.values()]),
-            _stack([adapter.tensors[f"{target.name}.B"] for adapter in distinct.values()]),
+    arrays = {
+        name: np.stack([adapter.tensors[name] for adapter in distinct.values()])
+        for name in adapters[0].spec.shapes()
+    }
+    stacked = {
+        name: on_device(array.astype(np.float32, copy=False), device)
+        for name, array in arrays.items()
+    }
+    return stacked, np.array([slot[id(adapter)] for adapter in adapters])
+
+
+def level_of(spec: Spec, stacked: Mapping[str, Tensor], slots: Slots) -> AnyLevel:
+    """A level of adapters of one spec.
+
+    Args:
+        spec: Of all of them.
+        stacked: By the spec's names, (adapters, ...).
+        slots: (rows,) which of the adapters each row uses.
+    """
+    if isinstance(spec, PromptSpec):
+        return VirtualTokens(stacked[VIRTUAL], slots)
+    if isinstance(spec, Ia3Spec):
+        outputs, inputs = (
+            {target.name: stacked[f"{target.name}.l"].flatten(1) for target in targets}
+            for targets in (spec.outputs, spec.inputs)
         )
+        return Scales(outputs, inputs, slots)
+    if not isinstance(spec, AdapterSpec):
+        raise AdapterError(f"a {type(spec).__name__} is no kind of adapter")
+    factors = {
+        target.name: Factors(stacked[f"{target.name}.A"], stacked[f"{target.name}.B"])
         for target in spec.targets
     }
-    return Level(factors, spec.scale, np.array([slot[id(adapter)] for adapter in adapters]))
-
-
-def _stack(arrays: Sequence[NDArray[np.float32]]) -> Tensor:
-    return torch.from_numpy(np.stack(arrays).astype(np.float32, copy=False))
+    return Level(factors, spec.scale, slots)
 
 
 @contextmanager
-def adapted(model: PreTrainedModel, levels: Sequence[Level]) -> Iterator[None]:
+def adapted(model: PreTrainedModel, levels: Sequence[AnyLevel]) -> Iterator[None]:
     """Inside the block, in this thread, the model computes with the adapters of `levels`.
 
     Args:
@@ -132,10 +194,16 @@ def adapted(model: PreTrainedModel, levels: Sequence[Level]) -> Iterator[None]:
         BaseModelError: An adapted module is missing, or is no `nn.Linear` over rows of tokens.
     """
     handles: list[RemovableHandle] = []
+    loras = [level for level in levels if isinstance(level, Level)]
     try:
-        for name in sorted({name for level in levels for name in level.factors}):
-            delta = _Delta.of(name, [level for level in levels if name in level.factors])
-            handles.append(_linear(model, name).register_forward_hook(_delta_hook(delta)))
+        for name in sorted({name for level in loras for name in level.factors}):
+            delta = _Delta.of(name, [level for level in loras if name in level.factors])
+            handles.append(after(linear_module(model, name), delta.added_to))
+        for level in levels:
+            if isinstance(level, Scales):
+                handles += scale_modules(model, level)
+            elif isinstance(level, VirtualTokens):
+                handles += embed_virtual(model, level)
         yield
     finally:
         for handle in handles:
@@ -147,14 +215,14 @@ def logits_at(
     tokens: Tensor,
     outputs: Outputs,
     *,
-    levels: Sequence[Level] = (),
+    levels: Sequence[AnyLevel] = (),
     layout: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Runs the base under adapters and the output head at the wanted positions alone.
 
     Args:
         model: The frozen base.
-        tokens: (rows, length) int64, padded on the right.
+        tokens: (rows, length) int64, padded on the right; negative where they are virtual.
         outputs: Where logits are wanted.
         levels: Adapters; none for the base itself.
         layout: attention_mask and position_ids of rows that are not plain causal text.
@@ -165,14 +233,7 @@ def logits_at(
     head = cast(Any, model).get_output_embeddings()
     if not isinstance(head, nn.Module):
         raise BaseModelError(f"a {type(model).__name__} has no output head")
-    owner = threading.get_ident()
-
-    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if threading.get_ident() != owner:
-            return None
-        return (args[0][outputs.rows, outputs.positions].unsqueeze(0), *args[1:])
-
-    handle = head.register_forward_pre_hook(gather)
+    handle = before(head, lambda x: x[outputs.rows, outputs.positions].unsqueeze(0))
     try:
         with adapted(model, levels):
             result = model(input_ids=tokens, use_cache=False, **(layout or {}))
@@ -180,19 +241,6 @@ def logits_at(
         handle.remove()
     logits: Tensor = result.logits[0]
     return logits.float()
-
-
-def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise BaseModelError(f"a {type(model).__name__} has no module {name}") from None
-    if not isinstance(module, nn.Linear):
-        raise BaseModelError(
-            f"module {name} is a {type(module).__name__}; only nn.Linear can be adapted",
-            hint="choose other targets or another base",
-        )
-    return module
 
 
 def _block_starts(levels: Sequence[Level]) -> Slots:
@@ -213,7 +261,7 @@ def _pick(stacked: Tensor, slots: Slots) -> Tensor:
         return stacked.expand(len(slots), -1, -1)
     if np.array_equal(slots, np.arange(len(stacked))):
         return stacked
-    return stacked[torch.from_numpy(slots)]
+    return stacked[on_device(slots, stacked.device)]
 
 
 @dataclass(frozen=True)
@@ -254,17 +302,12 @@ class _Delta:
             rows=len(levels[0].slots),
             inputs=tuple(inputs),
             b=_cat(b, 2),
-            scales=None if (scales == 1.0).all() else torch.from_numpy(scales).float(),
+            scales=None if (scales == 1.0).all() else on_device(scales, b[0].device).float(),
         )
 
     def added_to(self, output: Tensor, x: Tensor) -> Tensor:
         """The output of the module for input x (rows, tokens, in), with the adapters' part."""
-        if x.dim() != 3 or x.shape[0] != self.rows:
-            raise BaseModelError(
-                f"module {self.name} got an input of shape {tuple(x.shape)}, not (rows, tokens,"
-                " features): it cannot be adapted",
-                hint="choose other targets",
-            )
+        require_rows(self.name, x, self.rows)
         blocks = len(self.b)
         inner = _cat([self._inner(x, dropout, a) for dropout, a in self.inputs], 2)
         if self.scales is not None:
@@ -284,12 +327,3 @@ class _Delta:
 
 def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
-
-
-def _delta_hook(delta: _Delta) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-    owner = threading.get_ident()
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return delta.added_to(output, args[0]) if threading.get_ident() == owner else None
-
-    return hook

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedoppu.client.devices import CPU, on_device
 from fedoppu.common.adapters import Adapter, Factor
 from fedoppu.common.config import TrainingSettings
 
@@ -58,8 +59,8 @@ class UserAdamW:
     """
 
     def __init__(self, starts: NDArray[np.float32], rules: UserRules) -> None:
-        """Begin at `starts`, (users, num_params)."""
-        self.values = torch.from_numpy(starts.copy())
+        """Begin at `starts`, (users, num_params), on the device of the rules."""
+        self.values = on_device(starts.copy(), rules.decay.device)
         self.gradients = torch.zeros_like(self.values)
         self._first = torch.zeros_like(self.values)
         self._second = torch.zeros_like(self.values)
@@ -75,7 +76,7 @@ class UserAdamW:
         """
         value, gradient = self.values[:active], self.gradients[:active]
         first, second = self._first[:active], self._second[:active]
-        rate = torch.from_numpy(rates.astype(np.float32)).unsqueeze(1)
+        rate = on_device(rates.astype(np.float32), value.device).unsqueeze(1)
         self._pull(active)
         norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
         gradient.mul_((self._rules.clip[:active] / (norm + 1e-6)).clamp_(max=1.0))
@@ -101,6 +102,7 @@ def user_rules(
     starts: Sequence[Adapter],
     *,
     factors: tuple[Factor, ...],
+    device: torch.device = CPU,
 ) -> UserRules:
     """The rules of a group; a user without an anchor or with weight 0 is not pulled."""
     pulled = [s.proximal > 0.0 and a is not None for s, a in zip(settings, anchors, strict=True)]
@@ -108,12 +110,12 @@ def user_rules(
     flat = np.stack([a.spec.flatten(a.tensors, factors) for a in held]) if any(pulled) else None
     weights = [s.proximal * on for s, on in zip(settings, pulled, strict=True)]
     return UserRules(
-        decay=_column([s.weight_decay for s in settings]),
-        clip=_column([s.clip_norm for s in settings]),
-        proximal=_column(weights),
-        anchor=None if flat is None else torch.from_numpy(flat),
+        decay=_column([s.weight_decay for s in settings], device),
+        clip=_column([s.clip_norm for s in settings], device),
+        proximal=_column(weights, device),
+        anchor=None if flat is None else on_device(flat, device),
     )
 
 
-def _column(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).unsqueeze(1)
+def _column(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)

@@ -15,7 +15,8 @@ from fedoppu.client.jobs import ModelQuery
 from fedoppu.client.label_scores import input_length, score_batch
 from fedoppu.client.model import LoadedBase
 from fedoppu.client.multi_lora import check_stack
-from fedoppu.common.adapters import Adapter, AdapterSpec
+from fedoppu.client.virtual_tokens import query_after_virtual
+from fedoppu.common.adapters import Adapter, Spec
 from fedoppu.common.config import require
 from fedoppu.common.errors import DataError, UsageError
 
@@ -84,10 +85,10 @@ class BatchedPredictor:
                     check_stack(query.adapters, self._base.facts.hash)
                     checked[key] = query.adapters
                 self._check(f"the prompt of query {query.id}", query.prompt)
-            yield window
+            yield [query_after_virtual(query) for query in window]
 
     def _batches(self, window: Sequence[ModelQuery], lengths: Sequence[int]) -> Iterator[list[int]]:
-        alike: dict[tuple[AdapterSpec, ...], list[int]] = {}
+        alike: dict[tuple[Spec, ...], list[int]] = {}
         for index, query in enumerate(window):
             alike.setdefault(tuple(a.spec for a in query.adapters), []).append(index)
         for members in alike.values():

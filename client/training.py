@@ -7,7 +7,7 @@ only float rounding depends on who shares its group, and the same group gives th
 
 from collections.abc import Callable, Iterator, Sequence
 
-from fedoppu.client.engine import Engine, engine_for
+from fedoppu.client.engine import Engine, Engines
 from fedoppu.client.failure import describe
 from fedoppu.client.group import Group
 from fedoppu.client.jobs import ClientFailure, ClientJob, Progress, TrainedAdapter
@@ -27,7 +27,7 @@ class BatchedTrainer:
         Args:
             base: A loaded base, shared with whoever else uses it.
             group: Users in one pass. It shapes float rounding, so it is part of a result.
-            engine: How the base computes; the fastest that fits it if None.
+            engine: How the base computes; for each stack the fastest that takes it if None.
 
         Raises:
             UsageError: The group is smaller than 1.
@@ -35,7 +35,8 @@ class BatchedTrainer:
         require("group", group, 1)
         self._base = base
         self._group = group
-        self._engine = engine or engine_for(base)
+        self._engine = engine
+        self._engines = Engines(base)
 
     def update_many(
         self,
@@ -58,7 +59,7 @@ class BatchedTrainer:
             alike = self._plan(group, answers)
             done += sum(planned_steps(group[index]) for index in answers)
             for members in alike:
-                running = Group(self._engine, list(members.values()))
+                running = self._running(list(members.values()))
                 held_out = running.held_out_losses()
                 for step in range(running.steps):
                     if should_stop():
@@ -67,6 +68,12 @@ class BatchedTrainer:
                     on_progress(Progress(done, total))
                 answers |= _answers(running, held_out, members)
             yield from (answers[index] for index in range(len(group)))
+
+    def _running(self, plans: Sequence[Plan]) -> Group:
+        """A group of plans that share the specs of their stacks."""
+        job = plans[0].job
+        specs = [adapter.spec for adapter in (*job.frozen, job.start)]
+        return Group(self._engine or self._engines.of(specs), plans, self._base.device)
 
     def _plan(self, jobs: Sequence[ClientJob], answers: dict[int, Answer]) -> list[dict[int, Plan]]:
         """Checks the jobs and sorts them by what must be equal in one pass."""

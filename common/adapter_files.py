@@ -58,14 +58,16 @@ def save_adapter(folder: Path, adapter: Adapter, *, base_name: str) -> None:
         adapter: What.
         base_name: Name or path of its base, for PEFT and for the model card.
     """
-    digest = adapter.digest()
+    digest, spec = adapter.digest(), adapter.spec
+    if not isinstance(spec, AdapterSpec):
+        raise AdapterError(f"an {spec.identity} adapter cannot be saved")
     with commit_folder(folder) as temporary:
         tensors = {
             _peft_name(name): np.ascontiguousarray(adapter.tensors[name], np.float32)
             for name in adapter.spec.shapes()
         }
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        _write_json(temporary / CONFIG, _peft_config(adapter.spec, base_name))
+        _write_json(temporary / CONFIG, _peft_config(spec, base_name))
         manifest = {
             "format": FORMAT,
             "base": base_name,
@@ -74,7 +76,7 @@ def save_adapter(folder: Path, adapter: Adapter, *, base_name: str) -> None:
             "digest": digest,
         }
         _write_json(temporary / MANIFEST, manifest)
-        card = _card(adapter, base_name, digest)
+        card = _card(adapter, spec, base_name, digest)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -140,12 +142,12 @@ def _peft_config(spec: AdapterSpec, base_name: str) -> dict[str, Any]:
     }
 
 
-def _card(adapter: Adapter, base_name: str, digest: str) -> str:
+def _card(adapter: Adapter, spec: AdapterSpec, base_name: str, digest: str) -> str:
     return _CARD.format(
         base=base_name,
-        rank=adapter.spec.rank,
-        alpha=adapter.spec.alpha,
-        count=len(adapter.spec.targets),
+        rank=spec.rank,
+        alpha=spec.alpha,
+        count=len(spec.targets),
         parameters=adapter.spec.num_params(),
         base_hash=adapter.spec.base_hash,
         parent=f"adapter `{adapter.parent}`" if adapter.parent else "the base alone",

@@ -1,14 +1,15 @@
-"""LoRA adapters as plain arrays: which matrices are adapted, and one flat vector of them.
+"""Adapters as plain arrays: which they have, and one flat vector of them.
 
-An adapter of a matrix W (out, in) is A (rank, in) and B (out, rank), and adds (alpha / rank) B A to W
-(Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1). Nothing here needs torch: the server can initialise,
-aggregate and export an adapter without a model.
+A LoRA adapter of a matrix W (out, in) is A (rank, in) and B (out, rank), and adds (alpha / rank) B A to W
+(Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1). It is the only kind that a federation shares; the
+kinds that a personal adapter may have beside it are in `adapter_kinds`. Nothing here needs torch: the server can
+initialise, aggregate and export an adapter without a model.
 """
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,66 @@ from fedoppu.common.randomness import Randomness
 Factor = Literal["A", "B"]
 BOTH: tuple[Factor, ...] = ("A", "B")
 Tensors = Mapping[str, NDArray[np.float32]]
+Shapes = Mapping[str, tuple[int, int]]
+
+
+class Spec(Protocol):
+    """What an adapter of some kind looks like: `AdapterSpec`, or one of `adapter_kinds`; hashable."""
+
+    @property
+    def base_hash(self) -> str:
+        """Hash of the base it is made for."""
+
+    @property
+    def identity(self) -> str:
+        """What a digest binds beside the base, the names, the shapes and the values."""
+
+    def shapes(self, factors: tuple[Factor, ...] = BOTH) -> dict[str, tuple[int, int]]:
+        """Names and shapes in the order of the flat vector; only a LoRA tells its factors apart."""
+
+    def num_params(self, factors: tuple[Factor, ...] = BOTH) -> int:
+        """Length of the flat vector."""
+
+    def flatten(self, tensors: Tensors, factors: tuple[Factor, ...] = BOTH) -> NDArray[np.float32]:
+        """The tensors as one (num_params,) float32 vector."""
+
+    def unflatten(
+        self, vector: NDArray[np.float32], factors: tuple[Factor, ...] = BOTH
+    ) -> dict[str, NDArray[np.float32]]:
+        """The inverse of `flatten`.
+
+        Raises:
+            AdapterError: The vector has another length than the adapter has parameters.
+        """
+
+
+def count(shapes: Shapes) -> int:
+    """Number of parameters."""
+    return sum(rows * columns for rows, columns in shapes.values())
+
+
+def flattened(tensors: Tensors, shapes: Shapes) -> NDArray[np.float32]:
+    """The named tensors as one (num_params,) float32 vector."""
+    return np.concatenate([tensors[name].reshape(-1) for name in shapes]).astype(np.float32)
+
+
+def unflattened(vector: NDArray[np.float32], shapes: Shapes) -> dict[str, NDArray[np.float32]]:
+    """The inverse of `flattened`; no tensor shares memory with the vector.
+
+    Raises:
+        AdapterError: The vector has another length than the shapes have parameters.
+    """
+    if vector.shape != (count(shapes),):
+        raise AdapterError(
+            f"an adapter vector must have shape ({count(shapes)},), got {vector.shape}"
+        )
+    tensors: dict[str, NDArray[np.float32]] = {}
+    start = 0
+    for name, (rows, columns) in shapes.items():
+        part = vector[start : start + rows * columns]
+        tensors[name] = part.reshape(rows, columns).astype(np.float32)
+        start += rows * columns
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -31,9 +92,31 @@ class Target:
     in_features: int
 
 
+def chosen_targets(base: BaseFacts, targets: tuple[str, ...]) -> tuple[Target, ...]:
+    """The linear layers of a base that some endings of module names choose, sorted by name.
+
+    Raises:
+        BaseModelError: A target names no linear layer of the base; the message lists those that it has.
+    """
+    chosen = [
+        name
+        for name in base.linear
+        if targets == ("all-linear",) or name.rsplit(".", 1)[-1] in targets
+    ]
+    kinds = {name.rsplit(".", 1)[-1] for name in base.linear}
+    missing = set(targets) - kinds - {"all-linear"}
+    if missing or not chosen:
+        wanted, there = ", ".join(sorted(missing)), ", ".join(sorted(kinds))
+        raise BaseModelError(
+            f"base {base.name} has no target module {wanted}; it has {there}",
+            hint="set shared.adapter.targets and personal.adapter.targets to some of these, or to all-linear",
+        )
+    return tuple(Target(name, *base.linear[name]) for name in sorted(chosen))
+
+
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What an adapter of one base looks like.
+    """What a LoRA adapter of one base looks like.
 
     Attributes:
         base_hash: Hash of the base it is made for.
@@ -62,22 +145,9 @@ class AdapterSpec:
         Raises:
             BaseModelError: A target names no linear layer of the base; the message lists those that it has.
         """
-        chosen = [
-            name
-            for name in base.linear
-            if targets == ("all-linear",) or name.rsplit(".", 1)[-1] in targets
-        ]
-        kinds = {name.rsplit(".", 1)[-1] for name in base.linear}
-        missing = set(targets) - kinds - {"all-linear"}
-        if missing or not chosen:
-            wanted, there = ", ".join(sorted(missing)), ", ".join(sorted(kinds))
-            raise BaseModelError(
-                f"base {base.name} has no target module {wanted}; it has {there}",
-                hint="set shared.adapter.targets and personal.adapter.targets to some of these, or to all-linear",
-            )
         return cls(
             base.hash,
-            tuple(Target(name, *base.linear[name]) for name in sorted(chosen)),
+            chosen_targets(base, targets),
             rank,
             alpha,
         )
@@ -86,6 +156,11 @@ class AdapterSpec:
     def scale(self) -> float:
         """Factor of B A."""
         return self.alpha / self.rank
+
+    @property
+    def identity(self) -> str:
+        """Rank and alpha; 8 and 8.0 are the same scale."""
+        return f"{self.rank} {float(self.alpha)!r}"
 
     def shapes(self, factors: tuple[Factor, ...] = BOTH) -> dict[str, tuple[int, int]]:
         """Names and shapes in the order of the flat vector: "{module}.A" (rank, in), "{module}.B" (out, rank)."""
@@ -99,13 +174,11 @@ class AdapterSpec:
 
     def num_params(self, factors: tuple[Factor, ...] = BOTH) -> int:
         """Length of the flat vector."""
-        return sum(rows * columns for rows, columns in self.shapes(factors).values())
+        return count(self.shapes(factors))
 
     def flatten(self, tensors: Tensors, factors: tuple[Factor, ...] = BOTH) -> NDArray[np.float32]:
         """The chosen factors as one (num_params,) float32 vector."""
-        return np.concatenate([tensors[name].reshape(-1) for name in self.shapes(factors)]).astype(
-            np.float32
-        )
+        return flattened(tensors, self.shapes(factors))
 
     def unflatten(
         self, vector: NDArray[np.float32], factors: tuple[Factor, ...] = BOTH
@@ -115,18 +188,7 @@ class AdapterSpec:
         Raises:
             AdapterError: The vector has another length than the adapter has parameters.
         """
-        if vector.shape != (self.num_params(factors),):
-            raise AdapterError(
-                f"an adapter vector must have shape ({self.num_params(factors)},), got {vector.shape}"
-            )
-        tensors: dict[str, NDArray[np.float32]] = {}
-        start = 0
-        for name, (rows, columns) in self.shapes(factors).items():
-            tensors[name] = (
-                vector[start : start + rows * columns].reshape(rows, columns).astype(np.float32)
-            )
-            start += rows * columns
-        return tensors
+        return unflattened(vector, self.shapes(factors))
 
 
 @dataclass(frozen=True)
@@ -135,19 +197,18 @@ class Adapter:
 
     Attributes:
         spec: Its shapes and its base.
-        tensors: "{module}.A" (rank, in) and "{module}.B" (out, rank), float32.
+        tensors: By the names of the spec, float32; of a LoRA "{module}.A" (rank, in) and "{module}.B" (out, rank).
         parent: Digest of the shared adapter that was frozen under it, or None.
     """
 
-    spec: AdapterSpec
+    spec: Spec
     tensors: Tensors
     parent: str | None = None
 
     def digest(self) -> str:
-        """SHA-256 over base, parent, scale, names, shapes and values, as hex."""
-        alpha = float(self.spec.alpha)  # 8 and 8.0 are the same scale
+        """SHA-256 over base, parent, the spec's identity, names, shapes and values, as hex."""
         digest = hashlib.sha256(
-            f"{self.spec.base_hash} {self.parent} {self.spec.rank} {alpha!r}".encode()
+            f"{self.spec.base_hash} {self.parent} {self.spec.identity}".encode()
         )
         for name, shape in self.spec.shapes().items():
             digest.update(f"{name} {shape}".encode())
@@ -180,7 +241,7 @@ def _short(digest: str | None) -> str:
 def initial_adapter(
     spec: AdapterSpec, randomness: Randomness, *key: str | int, parent: str | None = None
 ) -> Adapter:
-    """A fresh adapter: A uniform in +-1/sqrt(in), as PEFT draws it, B zero, so that it changes nothing yet.
+    """A fresh LoRA adapter: A uniform in +-1/sqrt(in), as PEFT draws it, B zero, so that it changes nothing yet.
 
     Args:
         spec: Its shapes.

@@ -6,7 +6,7 @@ bound, layout, rotation or noise than its config says.
 
 from typing import Any
 
-from fedoppu.common.adapters import AdapterSpec
+from fedoppu.common.adapters import Spec
 from fedoppu.common.config import FederationConfig
 from fedoppu.common.privacy import client_noise, sensitivity
 from fedoppu.common.rotation import rotation_seed
@@ -14,7 +14,7 @@ from fedoppu.common.rounds import RoundPlan
 from fedoppu.common.shared_adapter import travelling
 
 
-def agreed(config: FederationConfig, spec: AdapterSpec, round: int) -> dict[str, Any]:
+def agreed(config: FederationConfig, spec: Spec, round: int) -> dict[str, Any]:
     """Fields of a round's plan that follow from the config.
 
     With differential privacy the range is among them: it never moves, because nothing exact may move it.

@@ -15,6 +15,7 @@ from typing import Any
 from fedoppu.common.errors import BaseModelError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 NOT_ADAPTED = ("embed_tokens", "lm_head", "wte", "wpe", "embed_in", "embed_out")
 
 
@@ -29,6 +30,7 @@ class BaseFacts:
         num_parameters: Number of its parameters.
         max_tokens: Longest context it was made for, tokens.
         linear: Module name of each linear layer that can be adapted: (out_features, in_features).
+        width: Of an input embedding; 0 if none of the tensors has the name of one.
     """
 
     name: str
@@ -37,6 +39,7 @@ class BaseFacts:
     num_parameters: int
     max_tokens: int
     linear: Mapping[str, tuple[int, int]]
+    width: int = 0
 
 
 def read_base(path: Path, *, name: str = "", hash_of: Path | None = None) -> BaseFacts:
@@ -71,7 +74,17 @@ def read_base(path: Path, *, name: str = "", hash_of: Path | None = None) -> Bas
         count,
         _max_tokens(config, path),
         linear,
+        _width(tensors),
     )
+
+
+def _width(tensors: Mapping[str, tuple[int, ...]]) -> int:
+    """Of the input embedding: the first tensor that has the name of one."""
+    names = {f"{name}.weight" for name in EMBEDDINGS}
+    shapes = [
+        shape for key, shape in sorted(tensors.items()) if ".".join(key.split(".")[-2:]) in names
+    ]
+    return shapes[0][1] if shapes else 0
 
 
 def _max_tokens(config: Mapping[str, Any], path: Path) -> int:

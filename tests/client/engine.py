@@ -66,11 +66,13 @@ def merged(base: LoadedBase, adapters: Sequence[Adapter]) -> PreTrainedModel:
     """A copy of the model with adapters merged into its weights."""
     model = copy.deepcopy(base.model)
     for adapter in adapters:
-        for target in adapter.spec.targets:
+        spec = adapter.spec
+        assert isinstance(spec, AdapterSpec)
+        for target in spec.targets:
             a, b = (torch.tensor(adapter.tensors[f"{target.name}.{f}"]) for f in "AB")
             module = model.get_submodule(target.name)
             assert isinstance(module, nn.Linear)
-            module.weight.data += adapter.spec.scale * b @ a
+            module.weight.data += spec.scale * b @ a
     return model
 
 

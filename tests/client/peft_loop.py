@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fedoppu.client.jobs import ClientJob, Example
 from fedoppu.client.model import LoadedBase
-from fedoppu.common.adapters import Adapter
+from fedoppu.common.adapters import Adapter, AdapterSpec
 from tests.client.engine import merged, movement, row
 
 
@@ -29,6 +29,7 @@ class PeftUser:
         self, base: LoadedBase, job: ClientJob, dtype: torch.dtype = torch.float64
     ) -> None:
         spec = job.start.spec
+        assert isinstance(spec, AdapterSpec)
         config = LoraConfig(
             r=spec.rank,
             lora_alpha=int(spec.alpha),

@@ -1,6 +1,7 @@
 """Stacked adapters compute what merged ones do, and leave the model as it was."""
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedoppu.client.multi_lora import (
     adapted,
     check_stack,
     logits_at,
+    only_lora,
     stack_levels,
 )
 from fedoppu.common.adapters import Adapter, initial_adapter
@@ -32,6 +34,10 @@ def base(tiny_base: Path) -> LoadedBase:
 @pytest.fixture(scope="module")
 def shared(base: LoadedBase) -> Adapter:
     return random_adapter(spec_of(base, "all-linear"), 1)
+
+
+def stacked(stacks: Sequence[tuple[Adapter, ...]]) -> tuple[Level, ...]:
+    return tuple(only_lora(stack_levels(stacks)))
 
 
 def personal(base: LoadedBase, shared: Adapter, seed: int) -> Adapter:
@@ -57,7 +63,7 @@ def test_stacked_adapters_equal_merged_ones_whatever_the_order_of_the_rows(
 ) -> None:
     users = [personal(base, shared, seed) for seed in range(3)]
     tokens = some_rows(len(owners))
-    found = last_logits(base, tokens, stack_levels([(shared, users[o]) for o in owners]))
+    found = last_logits(base, tokens, stacked([(shared, users[o]) for o in owners]))
     for row, owner in enumerate(owners):
         with torch.no_grad():
             expected = merged(base, (shared, users[owner]))(tokens[row : row + 1]).logits[0, -1]
@@ -68,7 +74,7 @@ def test_the_adapters_make_a_clear_difference(base: LoadedBase, shared: Adapter)
     tokens = some_rows(2)
     plain = last_logits(base, tokens, ())
     users = [personal(base, shared, seed) for seed in (1, 2)]
-    first, second = (last_logits(base, tokens, stack_levels([(shared, u)] * 2)) for u in users)
+    first, second = (last_logits(base, tokens, stacked([(shared, u)] * 2)) for u in users)
     assert (first - plain).abs().max() > 0.1
     assert (first - second).abs().max() > 0.1
 
@@ -78,7 +84,7 @@ def test_an_empty_stack_is_the_base(base: LoadedBase) -> None:
     with torch.no_grad():
         expected = base.model(tokens).logits[:, -1]
     assert torch.allclose(
-        last_logits(base, tokens, stack_levels([(), (), ()])), expected, atol=1e-6
+        last_logits(base, tokens, stacked([(), (), ()])), expected, atol=1e-6
     )
 
 
@@ -90,14 +96,14 @@ def test_a_fresh_adapter_gives_exactly_the_logits_without_it(
         initial_adapter(spec, Randomness.from_seed(seed), parent=shared.digest()) for seed in (1, 2)
     ]
     tokens = some_rows(2)
-    with_fresh = last_logits(base, tokens, stack_levels([(shared, own) for own in fresh]))
-    assert torch.equal(with_fresh, last_logits(base, tokens, stack_levels([(shared,)] * 2)))
+    with_fresh = last_logits(base, tokens, stacked([(shared, own) for own in fresh]))
+    assert torch.equal(with_fresh, last_logits(base, tokens, stacked([(shared,)] * 2)))
 
 
 def test_logits_are_those_of_the_wanted_positions(base: LoadedBase, shared: Adapter) -> None:
     tokens = some_rows(2)
     wanted = Outputs(torch.tensor([1, 0, 0]), torch.tensor([3, 0, 7]))
-    levels = stack_levels([(shared,)] * 2)
+    levels = stacked([(shared,)] * 2)
     with torch.no_grad():
         found = logits_at(base.model, tokens, wanted, levels=levels)
         everywhere = merged(base, (shared,))(tokens).logits
@@ -108,10 +114,10 @@ def test_the_model_is_as_before_after_a_call_and_after_an_exception(
     base: LoadedBase, shared: Adapter
 ) -> None:
     before = snapshot(base.model)
-    last_logits(base, some_rows(2), stack_levels([(shared,)] * 2))
+    last_logits(base, some_rows(2), stacked([(shared,)] * 2))
     assert snapshot(base.model) == before
     with pytest.raises(IndexError):
-        last_logits(base, torch.full((2, 4), 10_000), stack_levels([(shared,)] * 2))
+        last_logits(base, torch.full((2, 4), 10_000), stacked([(shared,)] * 2))
     assert snapshot(base.model) == before
 
 
@@ -119,7 +125,7 @@ def test_another_thread_meets_the_base_alone(base: LoadedBase, shared: Adapter) 
     tokens = some_rows(1)
     plain = last_logits(base, tokens, ())
     seen: list[Tensor] = []
-    with adapted(base.model, stack_levels([(shared,)])):
+    with adapted(base.model, stacked([(shared,)])):
         other = threading.Thread(target=lambda: seen.append(last_logits(base, tokens, ())))
         other.start()
         other.join()
@@ -128,8 +134,8 @@ def test_another_thread_meets_the_base_alone(base: LoadedBase, shared: Adapter) 
 
 def test_dropout_scales_the_input_of_its_own_level_alone(base: LoadedBase, shared: Adapter) -> None:
     own = personal(base, shared, 5)
-    lower, upper = stack_levels([(shared, own)] * 2)
-    widths = {target.name: target.in_features for target in own.spec.targets}
+    lower, upper = stacked([(shared, own)] * 2)
+    widths = {name: factors.a.shape[-1] for name, factors in upper.factors.items()}
     doubled = Level(
         upper.factors,
         upper.scale,
@@ -145,9 +151,9 @@ def test_dropout_scales_the_input_of_its_own_level_alone(base: LoadedBase, share
 def test_adapters_stay_float32_on_a_bfloat16_base(tiny_base: Path, shared: Adapter) -> None:
     half = load_base(resolve_base(str(tiny_base)), dtype="bfloat16")
     tokens = some_rows(2)
-    found = last_logits(half, tokens, stack_levels([(shared,)] * 2))
+    found = last_logits(half, tokens, stacked([(shared,)] * 2))
     full = load_base(resolve_base(str(tiny_base)))
-    expected = last_logits(full, tokens, stack_levels([(shared,)] * 2))
+    expected = last_logits(full, tokens, stacked([(shared,)] * 2))
     assert next(half.model.parameters()).dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.99
 
@@ -162,7 +168,7 @@ def test_a_stack_is_refused_when_an_adapter_is_on_another_shared_one(
     base: LoadedBase, shared: Adapter
 ) -> None:
     own = personal(base, shared, 1)
-    another = random_adapter(shared.spec, 2)
+    another = random_adapter(spec_of(base, "all-linear"), 2)
     check_stack((shared, own), base.facts.hash)
     with pytest.raises(AdapterError, match="was trained on shared adapter"):
         check_stack((another, own), base.facts.hash)
@@ -184,7 +190,7 @@ def test_a_stack_is_refused_when_a_tensor_has_the_wrong_shape_or_is_missing(
 
 
 def test_a_module_that_is_missing_or_not_linear_is_refused(base: LoadedBase) -> None:
-    level = stack_levels([(random_adapter(spec_of(base, "q_proj"), 1),)])[0]
+    level = stacked([(random_adapter(spec_of(base, "q_proj"), 1),)])[0]
     factors = next(iter(level.factors.values()))
     for name, message in (("model.nothing", "has no module"), ("model.norm", "only nn.Linear")):
         with (
@@ -196,14 +202,14 @@ def test_a_module_that_is_missing_or_not_linear_is_refused(base: LoadedBase) -> 
 
 
 def test_a_model_whose_layers_do_not_see_rows_of_tokens_is_refused(base: LoadedBase) -> None:
-    level = stack_levels([(random_adapter(spec_of(base, "q_proj"), 1),)] * 3)[0]
+    level = stacked([(random_adapter(spec_of(base, "q_proj"), 1),)] * 3)[0]
     with pytest.raises(BaseModelError, match="cannot be adapted"):
         last_logits(base, some_rows(2), (level,))
 
 
 def test_a_convolution_in_place_of_a_linear_layer_is_refused(base: LoadedBase) -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2))
-    level = stack_levels([(random_adapter(spec_of(base, "q_proj"), 1),)])[0]
+    level = stacked([(random_adapter(spec_of(base, "q_proj"), 1),)])[0]
     factors = {"transformer.h.0.attn.c_attn": next(iter(level.factors.values()))}
     with (
         pytest.raises(BaseModelError, match="is a Conv1D"),

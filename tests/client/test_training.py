@@ -17,7 +17,7 @@ from fedoppu.client.jobs import ClientFailure, ClientJob, Example, Progress, Tra
 from fedoppu.client.model import LoadedBase, load_base, resolve_base
 from fedoppu.client.plans import Plan
 from fedoppu.client.training import BatchedTrainer
-from fedoppu.common.adapters import Adapter, Factor
+from fedoppu.common.adapters import Adapter, AdapterSpec, Factor
 from fedoppu.common.errors import UsageError
 from tests.client.engine import (
     fresh_job,
@@ -231,8 +231,9 @@ def test_dropout_of_two_examples_of_a_step_differs(base: LoadedBase) -> None:
 
 
 def test_a_job_without_examples_returns_its_start(base: LoadedBase) -> None:
-    empty = fresh_job(spec_of(base, "q_proj"), 0, 0)
-    found, _ = train(base, [empty, fresh_job(empty.start.spec, 1, 3)])
+    spec = spec_of(base, "q_proj")
+    empty = fresh_job(spec, 0, 0)
+    found, _ = train(base, [empty, fresh_job(spec, 1, 3)])
     assert found.adapter is empty.start
     assert (found.examples, found.steps, found.tokens) == (0, 0, 0)
     assert np.isnan(found.train_loss)
@@ -270,6 +271,7 @@ def test_jobs_of_different_shapes_are_answered_in_their_order(
 
 def broken(job: ClientJob) -> dict[str, tuple[ClientJob, str]]:
     spec = job.start.spec
+    assert isinstance(spec, AdapterSpec)
     one = job.examples[0]
     none, high = np.zeros(0, np.int32), np.full(3, 9999, np.int32)
     foreign = replace(spec, base_hash="feed")
@@ -308,8 +310,9 @@ def broken(job: ClientJob) -> dict[str, tuple[ClientJob, str]]:
 
 @pytest.mark.parametrize("case", range(10))
 def test_a_job_that_fails_says_why_and_stops_no_other(base: LoadedBase, case: int) -> None:
-    good = fresh_job(spec_of(base, "q_proj"), 0, 4)
-    job, message = list(broken(fresh_job(good.start.spec, 1, 4)).values())[case]
+    spec = spec_of(base, "q_proj")
+    good = fresh_job(spec, 0, 4)
+    job, message = list(broken(fresh_job(spec, 1, 4)).values())[case]
     (alone,) = train(base, [good])
     first, failed, last = BatchedTrainer(base).update_many([good, job, good])
     assert isinstance(failed, ClientFailure)

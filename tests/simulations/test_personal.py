@@ -217,6 +217,7 @@ def test_shared_is_scored_on_the_own_history_for_prior_shift(ready: Ready) -> No
 
 def test_an_adapter_of_another_base_is_refused(ready: Ready, tmp_path: Path) -> None:
     own = load_adapter(ready.adapters / "personal" / TARGETS[0])
+    assert isinstance(own.spec, AdapterSpec)
     foreign = Adapter(replace(own.spec, base_hash="cd" * 32), own.tensors, own.parent)
     save_adapter(tmp_path / "personal" / TARGETS[0], foreign, base_name="another")
     group = ready.scores(("personal",), users=TARGETS[:1], adapters=tmp_path)
