@@ -169,8 +169,8 @@ def level_of(spec: Spec, stacked: Mapping[str, Tensor], slots: Slots) -> AnyLeve
         return VirtualTokens(stacked[VIRTUAL], slots)
     if isinstance(spec, Ia3Spec):
         outputs, inputs = (
-            {target.name: stacked[f"{target.name}.l"].flatten(1) for target in targets}
-            for targets in (spec.outputs, spec.inputs)
+            {one.name: stacked[f"{one.name}.l"].flatten(1) for one in scaled}
+            for scaled in (spec.outputs, spec.inputs)
         )
         return Scales(outputs, inputs, slots)
     if not isinstance(spec, AdapterSpec):

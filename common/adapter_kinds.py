@@ -14,7 +14,6 @@ from fedoppu.common.adapters import (
     BOTH,
     Adapter,
     Factor,
-    Target,
     Tensors,
     chosen_targets,
     count,
@@ -25,6 +24,14 @@ from fedoppu.common.base import BaseFacts
 from fedoppu.common.errors import BaseModelError
 
 VIRTUAL = "virtual_tokens"
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """One scaled activation: the name of its module in the base, and its width."""
+
+    name: str
+    features: int
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,8 @@ class Ia3Spec:
     """
 
     base_hash: str
-    outputs: tuple[Target, ...]
-    inputs: tuple[Target, ...]
+    outputs: tuple[Scaled, ...]
+    inputs: tuple[Scaled, ...]
 
     @classmethod
     def from_base(
@@ -59,8 +66,12 @@ class Ia3Spec:
             BaseModelError: A target names no linear layer of the base; the message lists those that it has.
         """
         chosen = chosen_targets(base, targets)
-        inputs = tuple(t for t in chosen if t.name.rsplit(".", 1)[-1] in feedforward)
-        return cls(base.hash, tuple(t for t in chosen if t not in inputs), inputs)
+        inputs = [one for one in chosen if one.name.rsplit(".", 1)[-1] in feedforward]
+        return cls(
+            base.hash,
+            tuple(Scaled(one.name, one.out_features) for one in chosen if one not in inputs),
+            tuple(Scaled(one.name, one.in_features) for one in inputs),
+        )
 
     @property
     def identity(self) -> str:
@@ -69,8 +80,8 @@ class Ia3Spec:
 
     def shapes(self, factors: tuple[Factor, ...] = BOTH) -> dict[str, tuple[int, int]]:
         """Names and shapes in the order of the flat vector: "{module}.l", (out, 1) or (1, in), as peft has them."""
-        scaled = {f"{target.name}.l": (target.out_features, 1) for target in self.outputs}
-        return scaled | {f"{target.name}.l": (1, target.in_features) for target in self.inputs}
+        scaled = {f"{one.name}.l": (one.features, 1) for one in self.outputs}
+        return scaled | {f"{one.name}.l": (1, one.features) for one in self.inputs}
 
     def num_params(self, factors: tuple[Factor, ...] = BOTH) -> int:
         """Length of the flat vector."""

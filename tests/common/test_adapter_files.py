@@ -142,7 +142,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (edit_json("adapter_config.json", r=5), r"must have shape \(5, 4\), got \(2, 4\)"),
     (edit_tensors(lambda t: {k: v for k, v in t.items() if k != Q_B}), r"no tensor a\.q_proj\.B"),
     (edit_tensors(lambda t: {}), "has no tensor at all"),
-    (edit_tensors(lambda t: {**t, "odd": t[Q_A]}), "a tensor odd that is no factor of a LoRA"),
+    (edit_tensors(lambda t: {**t, "odd": t[Q_A]}), "a tensor odd that no LoRA"),
     (edit_tensors(lambda t: {**t, Q_A: t[Q_A].astype("f8")}), "must be a float32 matrix, got f"),
     (write("adapter_model.safetensors", "text"), r"safetensors cannot be read"),
     (write("adapter_config.json", "{"), r"adapter_config\.json cannot be read"),
