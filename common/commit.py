@@ -1,12 +1,13 @@
 """Atomic commits: a folder or file is there whole, or not at all, whenever the process is killed.
 
 Guarantee: after `commit_folder` returns, the folder is durable; before, a reader sees the old state.
+An error of the system, such as a full disk, names the path and leaves nothing half-written behind.
 Not covered: two writers of the same path at once.
 """
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +22,17 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an error of the system the path that it was about: a write to a full disk knows none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def commit_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` when the block ends without an exception.
 
@@ -31,10 +43,11 @@ def commit_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            fsync(file)
-        _replace(temporary, path)
+        with naming(path):
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                fsync(file)
+            _replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -55,9 +68,20 @@ def _replace(temporary: Path, path: Path) -> None:
 
 def commit_file(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all (temporary, fsync, rename)."""
+    commit_parts(path, [data])
+
+
+def commit_parts(path: Path, parts: Iterable[bytes]) -> None:
+    """The same of a file that is larger than what is held of it at once: its parts, in order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    fsync(temporary)
-    temporary.replace(path)
-    fsync(path.parent)
+    try:
+        with naming(path):
+            with temporary.open("wb") as stream:
+                stream.writelines(parts)
+            fsync(temporary)
+            temporary.replace(path)
+            fsync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,5 +1,7 @@
 """A commit is there whole, or not at all."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,21 @@ def test_a_file_is_written_whole(tmp_path: Path) -> None:
     commit_file(tmp_path / "deep" / "table.json", b"{}")
     assert (tmp_path / "deep" / "table.json").read_bytes() == b"{}"
     assert len(list((tmp_path / "deep").iterdir())) == 1
+
+
+def full(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_an_error_that_names_the_path_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the system tells it: without a name."""
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as told:
+        commit_file(tmp_path / "table.json", b"{}")
+    assert told.value.filename == str(tmp_path / "table.json")
+    with pytest.raises(OSError, match="No space left") as told, commit_folder(tmp_path / "round"):
+        pass
+    assert told.value.filename == str(tmp_path / "round")
+    assert list(tmp_path.iterdir()) == []
