@@ -27,7 +27,10 @@ from fedoppu.common.errors import UsageError
 Kind = Literal["cost", "rate", "bound"]
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-FLAGS = ("aes", "vaes", "sha_ni", "avx2", "avx512f", "avx512vl", "amx_tile")
+FLAGS = (
+    *("aes", "vaes", "sha_ni", "avx2", "avx512f", "avx512vl"),
+    *("avx512_bf16", "amx_tile", "amx_bf16"),
+)
 
 FILE_WIDTH = 160
 
