@@ -127,11 +127,11 @@ class LoadedBase:
         """Rows of the input embedding: token ids are below it."""
         return int(cast(Any, self.model).get_input_embeddings().weight.shape[0])
 
-    def embeddings(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+    def embeddings(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """(tokens, width) float32 input embeddings of some tokens."""
         table = cast(Any, self.model).get_input_embeddings()
         with torch.no_grad():
-            found = table(on_device(np.array(tokens, np.int64), self.device))
+            found = table(on_device(tokens, self.device))
         rows: NDArray[np.float32] = as_array(found.float())
         return rows
 

@@ -7,7 +7,7 @@ agree on: its canonical bytes travel in the first message and their hash is in e
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,6 +17,7 @@ from fedoppu.common.errors import UsageError
 from fedoppu.common.merging import as_meant, build, read_dotlist, read_yaml
 from fedoppu.common.setting_checks import INTERPOLATION, check_settings
 
+AdapterKind = Literal["lora", "ia3", "prompt"]
 Aggregation = Literal["ffa", "fedavg", "alternating"]
 Examples = Literal["queries", "history", "both"]
 ProfileKind = Literal["none", "template", "llm"]
@@ -47,7 +48,7 @@ def _require_different(name: str, values: Sequence[object]) -> None:
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Shape of an adapter; None is replaced by the default for the task and the size of the base.
+    """Shape of a LoRA adapter; None is replaced by the default for the task and the size of the base.
 
     Attributes:
         targets: Endings of the names of the adapted modules, or all-linear.
@@ -63,6 +64,54 @@ class AdapterSettings:
         """Check the ranges."""
         require("adapter.rank", self.rank, 1, 4096)
         require("adapter.alpha", self.alpha, 1e-6)
+
+
+# settings of a personal adapter that one kind alone has, or two
+KIND_SETTINGS = {
+    "targets": ("lora", "ia3"),
+    "rank": ("lora",),
+    "alpha": ("lora",),
+    "feedforward": ("ia3",),
+    "tokens": ("prompt",),
+    "text": ("prompt",),
+}
+
+
+@dataclass(frozen=True)
+class PersonalAdapterSettings:
+    """Kind and shape of a personal adapter; None is replaced by the default for the kind, the task and the base.
+
+    Attributes:
+        kind: lora; ia3: vectors that scale keys, values and the input of the MLP's last layer; prompt: virtual tokens
+            before the text.
+        targets: lora, ia3: endings of the names of the adapted modules, or all-linear.
+        rank: lora: columns of B; at least 1.
+        alpha: lora: the update is scaled by alpha / rank.
+        feedforward: ia3: endings of the names of those targets whose input is scaled instead of the output.
+        tokens: prompt: number of virtual tokens; at least 1.
+        text: prompt: they begin as the embeddings of this text, repeated or cut; null draws tokens of the vocabulary.
+    """
+
+    kind: AdapterKind = "lora"
+    targets: tuple[str, ...] | None = None
+    rank: int = 8
+    alpha: float = 8.0
+    feedforward: tuple[str, ...] = ("down_proj",)
+    tokens: int = 20
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that nothing is set that the kind does not have."""
+        require("adapter.rank", self.rank, 1, 4096)
+        require("adapter.alpha", self.alpha, 1e-6)
+        require("adapter.tokens", self.tokens, 1, 4096)
+        for item in fields(self):
+            kinds = KIND_SETTINGS.get(item.name, (self.kind,))
+            if self.kind not in kinds and vars(self)[item.name] != item.default:
+                raise UsageError(
+                    f"personal.adapter.kind={self.kind} has no {item.name}, got {vars(self)[item.name]}",
+                    hint=f"set personal.adapter.kind={kinds[0]}, or leave {item.name} out",
+                )
 
 
 @dataclass(frozen=True)
@@ -278,12 +327,12 @@ class PersonalSettings:
     """The personal phase.
 
     Attributes:
-        adapter: A personal adapter.
+        adapter: A personal adapter, of any kind; the shared one is a LoRA, since sums of those have a meaning.
         training: Its training.
         wrong_users: Number of other users' adapters in the wrong-user control.
     """
 
-    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    adapter: PersonalAdapterSettings = field(default_factory=PersonalAdapterSettings)
     training: TrainingSettings = field(
         default_factory=lambda: TrainingSettings(batch_size=4, schedule="constant")
     )
@@ -478,8 +527,20 @@ def load_run_config(overrides: Iterable[str] = (), file: Path | None = None) -> 
     layers = [read_yaml(file)] if file else []
     meant = [as_meant(RunConfig, layer) for layer in [*layers, read_dotlist(overrides)]]
     for layer in meant:
+        _check_shared_kind(layer)
         check_settings(RunConfig, layer)
     return build(RunConfig, meant)
+
+
+def _check_shared_kind(layer: Mapping[str, Any]) -> None:
+    """The one setting that a personal adapter has and that must not be looked for in the shared one."""
+    shared = layer.get("shared")
+    adapter = shared.get("adapter") if isinstance(shared, Mapping) else None
+    if isinstance(adapter, Mapping) and "kind" in adapter:
+        raise UsageError(
+            f"shared.adapter takes no kind, got {adapter['kind']}: what a federation sums is a LoRA",
+            hint="set personal.adapter.kind",
+        )
 
 
 def as_flat(config: RunConfig) -> dict[str, Any]:

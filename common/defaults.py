@@ -7,13 +7,16 @@ The values were chosen on base users, never on those who are scored; the paper's
 import math
 from dataclasses import dataclass, replace
 
-from fedoppu.common.adapters import AdapterSpec
+from fedoppu.common.adapter_kinds import Ia3Spec, PromptSpec
+from fedoppu.common.adapters import AdapterSpec, Spec
 from fedoppu.common.base import BaseFacts
 from fedoppu.common.config import (
+    AdapterKind,
     AdapterSettings,
     Aggregation,
     EncodingSettings,
     FederationConfig,
+    PersonalAdapterSettings,
     PersonalSettings,
     PrivacySettings,
     RunConfig,
@@ -27,6 +30,8 @@ from fedoppu.common.shared_adapter import travelling
 SMALL = 20_000_000
 LARGE = 1_000_000_000
 ALL_LINEAR = ("all-linear",)
+SCALED = ("k_proj", "v_proj", "down_proj")
+IA3_RATE, PROMPT_RATE = 3e-3, 3e-2
 # tasks whose history is trained on as text to be written, not as labels to be chosen
 GENERATIVE = ("LaMP_1", "LaMP_4", "LaMP_5", "LaMP_7")
 PASSES = 3
@@ -68,8 +73,16 @@ def _personal_defaults(parameters: int, task: str) -> _Defaults:
     )
 
 
-def _fill_adapter(settings: AdapterSettings, defaults: _Defaults) -> AdapterSettings:
-    return replace(settings, targets=settings.targets or defaults.targets)
+def _of_kind(defaults: _Defaults, kind: AdapterKind) -> _Defaults:
+    """The defaults for another kind: few numbers, each of which must move far.
+
+    (IA)^3: the targets and 3e-3 of its paper (Liu et al. 2022, section 3.3 and appendix D).
+    Prompt tuning: 3e-2, as in peft's examples of prompt tuning with AdamW; its paper's .3 is Adafactor's (Lester et al.
+    2021, section 2.1 and appendix A).
+    """
+    if kind == "ia3":
+        return replace(defaults, targets=SCALED, learning_rate=IA3_RATE)
+    return replace(defaults, targets=(), learning_rate=PROMPT_RATE)
 
 
 def _fill_training(settings: TrainingSettings, defaults: _Defaults) -> TrainingSettings:
@@ -84,7 +97,7 @@ def _fill_training(settings: TrainingSettings, defaults: _Defaults) -> TrainingS
 
 
 def adapter_spec(base: BaseFacts, settings: AdapterSettings) -> AdapterSpec:
-    """The shapes of an adapter on a base.
+    """The shapes of a LoRA adapter on a base.
 
     Raises:
         BaseModelError: The base lacks a module that the settings name; the message lists its own.
@@ -94,22 +107,38 @@ def adapter_spec(base: BaseFacts, settings: AdapterSettings) -> AdapterSpec:
     )
 
 
+def personal_spec(base: BaseFacts, settings: PersonalAdapterSettings) -> Spec:
+    """The shapes of a personal adapter on a base.
+
+    Raises:
+        BaseModelError: The base lacks a module that the settings name, or has no room for the virtual tokens.
+    """
+    targets = settings.targets or ()
+    if settings.kind == "prompt":
+        return PromptSpec.from_base(base, settings.tokens)
+    if settings.kind == "ia3":
+        return Ia3Spec.from_base(base, targets, feedforward=settings.feedforward)
+    return AdapterSpec.from_base(base, targets, rank=settings.rank, alpha=settings.alpha)
+
+
 def shared_settings(run: RunConfig, base: BaseFacts) -> SharedSettings:
     """The shared phase without any null."""
     defaults = _shared_defaults(base.num_parameters, run.shared.aggregation)
     training = _fill_training(run.shared.training, defaults)
-    return replace(
-        run.shared, adapter=_fill_adapter(run.shared.adapter, defaults), training=training
-    )
+    settings = run.shared.adapter
+    adapter = replace(settings, targets=settings.targets or defaults.targets)
+    return replace(run.shared, adapter=adapter, training=training)
 
 
 def personal_settings(run: RunConfig, base: BaseFacts, task: str) -> PersonalSettings:
     """The personal phase of a task without any null."""
+    settings = run.personal.adapter
     defaults = _personal_defaults(base.num_parameters, task)
+    if settings.kind != "lora":
+        defaults = _of_kind(defaults, settings.kind)
+    adapter = replace(settings, targets=settings.targets or defaults.targets or None)
     training = _fill_training(run.personal.training, defaults)
-    return replace(
-        run.personal, adapter=_fill_adapter(run.personal.adapter, defaults), training=training
-    )
+    return replace(run.personal, adapter=adapter, training=training)
 
 
 def rounds_of(run: RunConfig, base_users: int) -> int:

@@ -19,7 +19,7 @@ from fedoppu.client.jobs import ClientFailure, ClientJob, Example, ModelQuery, T
 from fedoppu.client.prompts import PreparedQuery
 from fedoppu.client.vault import QUERY, HistoryItem
 from fedoppu.common.adapter_files import load_adapter, save_adapter
-from fedoppu.common.adapters import Adapter, initial_adapter
+from fedoppu.common.adapters import Adapter
 from fedoppu.common.errors import ClientFailed, FedoppuError
 from fedoppu.common.randomness import Randomness
 from fedoppu.simulations.baselines import OwnHistory, population_items
@@ -145,7 +145,7 @@ def _job(
     parent = frozen[0].digest() if frozen else None
     return ClientJob(
         id=f"{arm}/{user}",
-        start=initial_adapter(worker.personal_spec, owner, "personal", parent=parent),
+        start=worker.fresh_personal(owner, parent),
         frozen=frozen,
         settings=worker.spec.personal.training,
         examples=examples,

@@ -12,7 +12,7 @@ from fedoppu.common.adapters import Adapter, AdapterSpec
 from fedoppu.common.agreed import agreed
 from fedoppu.common.base import BaseFacts
 from fedoppu.common.config import FederationConfig, PersonalSettings, RunConfig
-from fedoppu.common.defaults import adapter_spec, personal_settings
+from fedoppu.common.defaults import adapter_spec, personal_settings, personal_spec
 from fedoppu.common.errors import ClientFailed
 from fedoppu.common.privacy import Participation, largest_cohort
 from fedoppu.common.quantization import require_no_overflow
@@ -115,8 +115,8 @@ class SharedPhase:
             graph = config.secagg.mode == "graph"
             plan_thresholds(config.cohort, config.thresholds, graph=graph)
             require_no_overflow(config.encoding, config.cohort)
-        for settings in (config.shared.adapter, personal.adapter):
-            adapter_spec(base, settings)
+        adapter_spec(base, config.shared.adapter)
+        personal_spec(base, personal.adapter)
 
     @staticmethod
     def check_noise(config: FederationConfig, base: BaseFacts, members: int) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from fedoppu.client.fresh import fresh_adapter
 from fedoppu.client.jobs import LocalTrainer, Predictor
 from fedoppu.client.model import LoadedBase, load_base, resolve_base
 from fedoppu.client.prediction import BatchedPredictor
@@ -20,7 +21,7 @@ from fedoppu.client.prompts import PromptBuilder
 from fedoppu.client.tasks import TASKS, Task
 from fedoppu.client.training import BatchedTrainer
 from fedoppu.client.vault import HistoryItem
-from fedoppu.common.adapters import AdapterSpec
+from fedoppu.common.adapters import Adapter, AdapterSpec
 from fedoppu.common.config import FederationConfig, PersonalSettings
 from fedoppu.common.defaults import adapter_spec
 from fedoppu.common.randomness import Randomness
@@ -79,11 +80,9 @@ class Worker:
         settings = self.config.shared.adapter
         return adapter_spec(self.base.facts, settings)
 
-    @property
-    def personal_spec(self) -> AdapterSpec:
-        """Shapes of a personal adapter."""
-        settings = self.spec.personal.adapter
-        return adapter_spec(self.base.facts, settings)
+    def fresh_personal(self, owner: Randomness, parent: str | None) -> Adapter:
+        """What the training of an owner's personal adapter starts from."""
+        return fresh_adapter(self.base, self.spec.personal.adapter, owner, parent=parent)
 
 
 @lru_cache(maxsize=1)

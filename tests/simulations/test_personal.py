@@ -13,7 +13,7 @@ from fedoppu.client.vault import HistoryItem
 from fedoppu.common.adapter_files import load_adapter, save_adapter
 from fedoppu.common.adapters import Adapter, AdapterSpec
 from fedoppu.common.config import load_run_config
-from fedoppu.common.defaults import federation, personal_settings
+from fedoppu.common.defaults import federation, personal_settings, personal_spec
 from fedoppu.common.errors import AdapterError, ClientFailed
 from fedoppu.common.randomness import Randomness
 from fedoppu.simulations.personal import (
@@ -97,7 +97,9 @@ def test_an_adapter_knows_what_it_was_trained_on(ready: Ready, arm: str) -> None
     for user in TARGETS:
         own = load_adapter(ready.adapters / arm / user)
         assert own.parent == (None if arm == "local" else shared.digest())
-        assert own.spec == ready.worker.personal_spec
+        assert own.spec == personal_spec(
+            ready.worker.base.facts, ready.worker.spec.personal.adapter
+        )
         own.require(base_hash=ready.worker.config.base_hash, parent=own.parent)
 
 

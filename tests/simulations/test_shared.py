@@ -113,7 +113,8 @@ def test_targets_that_the_base_lacks_are_refused_for_either_adapter(tmp_path: Pa
     wrong = replace(personal, adapter=replace(personal.adapter, targets=("c_attn",)))
     with pytest.raises(BaseModelError, match="no target module c_attn; it has down_proj"):
         SharedPhase.check(own.config, own.base, wrong)
-    shared = replace(own.config.shared, adapter=wrong.adapter)
+    foreign = replace(own.config.shared.adapter, targets=("c_attn",))
+    shared = replace(own.config.shared, adapter=foreign)
     with pytest.raises(BaseModelError, match="no target module c_attn"):
         SharedPhase.check(replace(own.config, shared=shared), own.base, personal)
 

@@ -7,6 +7,7 @@ import pytest
 
 from fedoppu.client.model import resolve_base
 from fedoppu.client.profile import template_profile
+from fedoppu.common.adapters import AdapterSpec
 from fedoppu.common.config import load_run_config
 from fedoppu.common.defaults import federation, personal_settings
 from fedoppu.simulations.users import prepare_users
@@ -43,8 +44,10 @@ def test_adapters_have_the_shapes_that_the_settings_name(folder: Path) -> None:
     worker = open_worker(spec_of(folder, *changes))
     assert worker.shared_spec.rank == 3
     assert len(worker.shared_spec.targets) == len(worker.base.facts.linear)
-    assert {target.name.rsplit(".", 1)[-1] for target in worker.personal_spec.targets} == {"v_proj"}
-    assert worker.personal_spec.base_hash == worker.config.base_hash
+    own = worker.fresh_personal(worker.randomness, None).spec
+    assert isinstance(own, AdapterSpec)
+    assert {target.name.rsplit(".", 1)[-1] for target in own.targets} == {"v_proj"}
+    assert own.base_hash == worker.config.base_hash
 
 
 def test_without_profile_there_is_none(folder: Path) -> None:
