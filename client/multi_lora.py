@@ -108,7 +108,7 @@ def check_stack(adapters: Sequence[Adapter], base_hash: str) -> None:
     for place, adapter in enumerate(adapters):
         if place + 1 < len(adapters) and not isinstance(adapter.spec, AdapterSpec):
             raise AdapterError(
-                f"a stack has an {adapter.spec.identity} adapter under another one",
+                f"a stack has an adapter of kind {adapter.spec.identity} under another one",
                 hint="only LoRA adapters can have adapters on top of them",
             )
         adapter.require(base_hash=base_hash, parent=parent)

@@ -114,11 +114,10 @@ def _check_kind(job: ClientJob) -> None:
         return
     if job.trainable != BOTH:
         raise AdapterError(
-            f"an {spec.identity} adapter has no factors to choose from,"
+            f"an adapter of kind {spec.identity} has no factors to choose from,"
             f" got trainable {', '.join(job.trainable)}"
         )
     if job.settings.dropout:
         raise UsageError(
-            f"training.dropout must be 0 for an {spec.identity} adapter,"
-            f" got {job.settings.dropout:g}"
+            f"training.dropout must be 0 for kind {spec.identity}, got {job.settings.dropout:g}"
         )

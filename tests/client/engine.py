@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from fedoppu.client.jobs import ClientJob, Example, Tokens
 from fedoppu.client.model import LoadedBase
-from fedoppu.common.adapters import Adapter, AdapterSpec, initial_adapter
+from fedoppu.common.adapter_kinds import VIRTUAL
+from fedoppu.common.adapters import Adapter, AdapterSpec, Spec, initial_adapter
 from fedoppu.common.config import TrainingSettings
 from fedoppu.common.randomness import Randomness
 
@@ -23,12 +24,12 @@ def spec_of(base: LoadedBase, *targets: str, rank: int = 4, alpha: float = 8.0) 
     return AdapterSpec.from_base(base.facts, targets, rank=rank, alpha=alpha)
 
 
-def random_adapter(spec: AdapterSpec, seed: int, parent: str | None = None) -> Adapter:
-    """An adapter whose B is not zero."""
+def random_adapter(spec: Spec, seed: int, parent: str | None = None) -> Adapter:
+    """An adapter that changes something: B is not zero, vectors are not one."""
     draw = np.random.default_rng(seed)
-    scales = {"A": 0.2, "B": 0.1}
+    scales = {"A": (0.0, 0.2), "B": (0.0, 0.1), "l": (1.0, 0.3), VIRTUAL[-1]: (0.0, 0.1)}
     tensors = {
-        name: draw.normal(0.0, scales[name[-1]], shape).astype(np.float32)
+        name: draw.normal(*scales[name[-1]], shape).astype(np.float32)
         for name, shape in spec.shapes().items()
     }
     return Adapter(spec, tensors, parent)

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from torch.nn import functional
 
 from fedoppu.client.jobs import ClientJob, Example
 from fedoppu.client.model import LoadedBase
+from fedoppu.common.adapter_kinds import VIRTUAL, Ia3Spec, PromptSpec
 from fedoppu.common.adapters import Adapter, AdapterSpec
 from tests.client.engine import merged, movement, row
 
@@ -22,28 +23,47 @@ def rate(job: ClientJob, step: int, steps: int) -> float:
     return 1.0 if settings.schedule == "constant" else (steps - step) / (steps - warm)
 
 
+def peft_config_of(job: ClientJob) -> PeftConfig:
+    spec = job.start.spec
+    if isinstance(spec, PromptSpec):
+        return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=spec.tokens)
+    if isinstance(spec, Ia3Spec):
+        inputs = [one.name for one in spec.inputs]
+        outputs = [one.name for one in spec.outputs]
+        return IA3Config(target_modules=[*outputs, *inputs], feedforward_modules=inputs)
+    assert isinstance(spec, AdapterSpec)
+    return LoraConfig(
+        r=spec.rank,
+        lora_alpha=int(spec.alpha),
+        target_modules=[target.name for target in spec.targets],
+    )
+
+
+def own_name(name: str) -> str | None:
+    """Our name of a parameter of peft's model, or None if it is the base's."""
+    if name.startswith("prompt_encoder"):
+        return VIRTUAL
+    module, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
+    if rest:
+        return f"{module}.{rest[0]}"
+    module, found, _ = module.partition(".ia3_l")
+    return f"{module}.l" if found else None
+
+
 class PeftUser:
     """One user; in float64, since Adam amplifies the rounding of gradients near zero."""
 
     def __init__(
         self, base: LoadedBase, job: ClientJob, dtype: torch.dtype = torch.float64
     ) -> None:
-        spec = job.start.spec
-        assert isinstance(spec, AdapterSpec)
-        config = LoraConfig(
-            r=spec.rank,
-            lora_alpha=int(spec.alpha),
-            target_modules=[target.name for target in spec.targets],
-        )
         self.job = job
-        self.model = get_peft_model(merged(base, job.frozen), config).to(dtype)
+        self.model = get_peft_model(merged(base, job.frozen), peft_config_of(job)).to(dtype)
         self.parameters: dict[str, torch.nn.Parameter] = {}
         for name, parameter in self.model.named_parameters():
-            if "lora_" in name:
-                module, factor = name.removeprefix("base_model.model.").split(".lora_")
-                own = f"{module}.{factor[0]}"
+            own = own_name(name)
+            if own is not None:
                 parameter.data = torch.tensor(job.start.tensors[own]).to(dtype)
-                parameter.requires_grad_(factor[0] in job.trainable)
+                parameter.requires_grad_(own[-1] in (*job.trainable, "l") or own == VIRTUAL)
                 if parameter.requires_grad:
                     self.parameters[own] = parameter
 
@@ -52,8 +72,8 @@ class PeftUser:
         for example in examples:
             logits = self.model(row(example.prompt, example.answer)).logits[0]
             answers = torch.from_numpy(example.answer.astype(np.int64))
-            where = slice(len(example.prompt) - 1, -1)
-            losses.append(functional.cross_entropy(logits[where], answers, reduction="none"))
+            predicted = logits[-1 - len(answers) : -1]  # virtual tokens come first
+            losses.append(functional.cross_entropy(predicted, answers, reduction="none"))
         return torch.cat(losses).mean() + self.pull()
 
     def pull(self) -> torch.Tensor:

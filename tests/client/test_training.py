@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from fedoppu.client.engine import Engine, GenericEngine, engine_for
+from fedoppu.client.engine import Engine, Engines, GenericEngine
 from fedoppu.client.group import Group
 from fedoppu.client.jobs import ClientFailure, ClientJob, Example, Progress, TrainedAdapter
 from fedoppu.client.model import LoadedBase, load_base, resolve_base
@@ -125,9 +125,10 @@ def test_a_proximal_term_pulls_as_half_the_squared_distance_does(base: LoadedBas
     assert distance(pulled, trained[2].adapter, trained[1].adapter) > 0.1
 
 
-def one_step_gradient(base: LoadedBase, jobs: Sequence[ClientJob]) -> list[NDArray[np.float32]]:
+def gradients_of_one_step(base: LoadedBase, jobs: Sequence[ClientJob]) -> list[NDArray[np.float32]]:
     """Of each user, before clipping, as the optimiser gets them."""
-    group = Group(engine_for(base), [Plan.of(job, base) for job in jobs])
+    specs = [adapter.spec for adapter in (*jobs[0].frozen, jobs[0].start)]
+    group = Group(Engines(base).of(specs), [Plan.of(job, base) for job in jobs])
     seen: list[NDArray[np.float32]] = []
     optimizer = group._optimizer
     take = optimizer.step
@@ -153,7 +154,7 @@ def test_gradients_of_one_step_equal_those_of_autograd_through_peft(
         for i in range(3)
         for job in [fresh_job(spec, i, 4, *frozen)]
     ]
-    for job, found in zip(jobs, one_step_gradient(base, jobs), strict=True):
+    for job, found in zip(jobs, gradients_of_one_step(base, jobs), strict=True):
         user = PeftUser(base, job, torch.float32)
         torch.autograd.backward(user.loss(job.examples))
         gradients = {
