@@ -3,7 +3,7 @@
 The bounds are those of the specification, against the lean peft loop.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -91,38 +91,30 @@ def _gradient_distance(case: Case, job: ClientJob, lean: LeanLoop) -> float:
 # --- movements -----------------------------------------------------------------------------------
 
 
-def movement_rows(
-    case: Case, fp32: tuple[Vectors, Vectors], bf16: tuple[Vectors, Vectors]
-) -> Iterator[Row]:
-    """How far our adapters moved from where the lean loop's did.
-
-    Args:
-        case: What was trained.
-        fp32: Movements of ours and of the lean loop, base in float32.
-        bf16: The same in bfloat16; users of one side alone are left out.
-    """
-    users = [user for user in fp32[1] if user in fp32[0]]
-    worst = max(distance(fp32[0][user], fp32[1][user]) for user in users)
-    note = f"worst of {len(users)} users, against the lean loop in the same dtype"
-    yield Row(
+def distance_row(case: Case, ours: Vectors, theirs: Vectors) -> Row:
+    """How far our adapters ended from where the lean loop's did; users of both sides, float32."""
+    users = [user for user in theirs if user in ours]
+    return Row(
         f"{case.shape}: movement, relative L2 difference, fp32",
-        worst,
+        max(distance(ours[user], theirs[user]) for user in users),
         kind="bound",
         goal=MOST_FP32,
         unit="",
-        note=note,
+        note=f"worst of {len(users)} users, against the lean loop in fp32",
     )
-    for name, theirs in (("bf16", bf16[1]), ("fp32", fp32[1])):
-        users = [user for user in theirs if user in bf16[0]]
-        least = min(cosine(bf16[0][user], theirs[user]) for user in users)
-        yield Row(
-            f"{case.shape}: movement, 1 - cosine, bf16 against the lean loop in {name}",
-            1 - least,
-            kind="bound",
-            goal=1 - LEAST_COSINE,
-            unit="",
-            note=f"worst of {len(users)} users",
-        )
+
+
+def cosine_row(case: Case, ours: Vectors, theirs: Vectors, *, theirs_in: str) -> Row:
+    """The angle between our movement in bf16 and the lean loop's; users of both sides."""
+    users = [user for user in theirs if user in ours]
+    return Row(
+        f"{case.shape}: movement, 1 - cosine, bf16 against the lean loop in {theirs_in}",
+        max(1 - cosine(ours[user], theirs[user]) for user in users),
+        kind="bound",
+        goal=1 - LEAST_COSINE,
+        unit="",
+        note=f"worst of {len(users)} users",
+    )
 
 
 # --- scores --------------------------------------------------------------------------------------

@@ -9,9 +9,14 @@ from typing import Final
 from fedoppu.client.jobs import ClientJob
 from fedoppu.client.model import Dtype
 from fedoppu.simulations.benchmarks.bench import Row
-from fedoppu.simulations.benchmarks.personal_cases import Case, Shape, Work, opened
-from fedoppu.simulations.benchmarks.personal_exact import gradient_row, movement_rows, movements
-from fedoppu.simulations.benchmarks.personal_exact import score_row as scores
+from fedoppu.simulations.benchmarks.personal_cases import DTYPES, Case, Shape, Work, opened
+from fedoppu.simulations.benchmarks.personal_exact import (
+    cosine_row,
+    distance_row,
+    gradient_row,
+    movements,
+    score_row,
+)
 from fedoppu.simulations.benchmarks.personal_sides import (
     LeanLoop,
     OppuWay,
@@ -23,6 +28,7 @@ from fedoppu.simulations.benchmarks.personal_sides import (
 from fedoppu.simulations.benchmarks.personal_turns import Turns, take_turns
 
 GROUPS: Final = (1, 4, 16)
+EXACT: Final = 4  # users of a group in float32
 OPPU: Final = "OPPU's way"
 LEAN: Final[Mapping[Dtype, str]] = {"float32": "lean fp32", "bfloat16": "lean bf16"}
 # least ratio to OPPU's way, and to the lean loop in the same dtype, of the largest group
@@ -54,7 +60,7 @@ class Scope:
     folders: Mapping[Shape, Path] = field(default_factory=dict)
     pairs: int = 5
     work: Work = field(default_factory=Work)
-    slow: int = 2
+    slow: int = 1
     promised: bool = True
 
     def cases(self) -> Iterator[Case]:
@@ -129,39 +135,44 @@ def comparison_rows(scope: Scope) -> Iterator[Row]:
 
 def _compare(case: Case, scope: Scope) -> Iterator[Row]:
     yield case.lengths()
-    largest = groups_of(case)[-1]
-    slow = 1 if case.shape == "135m" else scope.slow
     with TemporaryDirectory() as folder:
-        lean = {dtype: LeanLoop(case, dtype=dtype) for dtype in LEAN}
-        sides: dict[str, tuple[Side, int]] = {OPPU: (OppuWay(case, folder=folder), slow)}
-        sides |= {LEAN[dtype]: (side, slow) for dtype, side in lean.items()}
-        for group in groups_of(case):
-            ours = Ours(case, dtype="bfloat16", group=group)
-            sides[ours_in("bfloat16", group)] = (ours, max(group, slow))
-        exact = Ours(case, dtype="float32", group=largest)
-        sides[ours_in("float32", largest)] = (exact, largest)
-        contest = Contest(case, sides)
+        contest = Contest(case, _sides(case, scope, folder))
         turns = contest.run(scope.pairs)
     yield from _rates(case, turns, promised=scope.promised)
-    yield gradient_row(case, lean["float32"])
+    yield gradient_row(case, LeanLoop(case, dtype="float32"))
     moved = {name: movements(case, trained) for name, trained in contest.trained.items()}
-    fp32 = (moved[ours_in("float32", largest)], moved[LEAN["float32"]])
-    bf16 = (moved[ours_in("bfloat16", largest)], moved[LEAN["bfloat16"]])
-    yield from movement_rows(case, fp32, bf16)
-    best = contest.trained[ours_in("bfloat16", largest)]
-    yield scores(case, best, contest.trained[LEAN["bfloat16"]])
+    best, exact = ours_in("bfloat16", groups_of(case)[-1]), ours_in("float32", EXACT)
+    if exact in moved:
+        yield distance_row(case, moved[exact], moved[LEAN["float32"]])
+        yield cosine_row(case, moved[best], moved[LEAN["float32"]], theirs_in="fp32")
+    yield cosine_row(case, moved[best], moved[LEAN["bfloat16"]], theirs_in="bf16")
+    yield score_row(case, contest.trained[best], contest.trained[LEAN["bfloat16"]])
+
+
+def _sides(case: Case, scope: Scope, folder: str) -> dict[str, tuple[Side, int]]:
+    """By name, each side and how many users it trains in a round."""
+    # a large base is slow enough without a second dtype
+    dtypes: tuple[Dtype, ...] = ("bfloat16",) if case.shape == "135m" else DTYPES
+    slow = 1 if case.shape == "135m" else scope.slow
+    sides: dict[str, tuple[Side, int]] = {OPPU: (OppuWay(case, folder=folder), slow)}
+    for dtype in dtypes:
+        sides[LEAN[dtype]] = (LeanLoop(case, dtype=dtype), slow)
+        for group in groups_of(case) if dtype == "bfloat16" else (EXACT,):
+            ours = Ours(case, dtype=dtype, group=group)
+            sides[ours_in(dtype, group)] = (ours, max(group, slow))
+    return sides
 
 
 def _rates(case: Case, turns: Turns, *, promised: bool) -> Iterator[Row]:
-    groups = groups_of(case)
-    exact = ours_in("float32", groups[-1])
+    groups, exact = groups_of(case), ours_in("float32", EXACT)
     pairs: dict[tuple[str, str], float | None] = {}
     for group in reversed(groups):
         goals = _goals(case.shape, group, largest=groups[-1])
         pairs[ours_in("bfloat16", group), OPPU] = goals[0]
         pairs[ours_in("bfloat16", group), LEAN["bfloat16"]] = goals[1]
-    pairs[exact, OPPU] = None
-    pairs[exact, LEAN["float32"]] = GOALS[case.shape][1]
+    if exact in turns.rates:
+        pairs[exact, OPPU] = None
+        pairs[exact, LEAN["float32"]] = GOALS[case.shape][1]
     for (ours, theirs), goal in pairs.items():
         name = f"{case.shape}: {ours} / {theirs}"
         yield turns.row(name, ours=ours, theirs=theirs, goal=goal if promised else None)
