@@ -30,7 +30,7 @@ from fedoppu.client.batches import Row
 from fedoppu.client.llama_adapters import PackedAdapters
 from fedoppu.client.llama_attention import HeadShape, Indices, attention_plan
 from fedoppu.client.llama_ops import attend, gated, norm, rotated
-from fedoppu.client.llama_packing import Packed, pack_rows, split_rows
+from fedoppu.client.llama_packing import Packed, filled, pack_rows, split_rows
 from fedoppu.client.multi_lora import AnyLevel, Level, only_lora
 
 FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
@@ -41,6 +41,8 @@ PASS_BYTES = 600e6
 FEWEST_TOKENS, MOST_TOKENS = 1024, 8192
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+# target of an output that is padding: its loss and gradient are 0
+IGNORED = -100
 
 
 def fast_path(model: PreTrainedModel) -> str | None:
@@ -163,8 +165,11 @@ class LlamaEngine:
         """(outputs,) float32 losses of the answer tokens, nats."""
         everywhere = PackedAdapters(levels, packed.starts)
         asking = everywhere.at(self._tensor(packed.outputs), packed.output_starts)
-        hidden = self.hidden(packed, (everywhere, asking), self._attended(packed))
-        return functional.cross_entropy(self.logits(hidden), targets, reduction="none")
+        whole = filled(packed)
+        hidden = self.hidden(whole, (everywhere, asking), self._attended(whole))
+        wanted = functional.pad(targets, (0, len(hidden) - len(targets)), value=IGNORED)
+        losses = functional.cross_entropy(self.logits(hidden), wanted, reduction="none")
+        return losses[: len(targets)]
 
     def hidden(self, laid: Laid, adapters: tuple[Adapters, Adapters], attend: Attend) -> Tensor:
         """(outputs, width) what the output head reads.

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from fedoppu.client.llama_ops import adapt
 from fedoppu.client.multi_lora import Level
@@ -22,7 +23,7 @@ class PackedAdapters:
         levels: From the lowest to the highest; all have one slot for each row.
         starts: (rows + 1,) first token of each row, and the number of tokens.
         chosen: (T,) where dropout masks are taken: the tokens that this pass is about, or None
-            for all tokens.
+            for all tokens. There are none for padding, which comes behind these.
     """
 
     levels: Sequence[Level]
@@ -47,7 +48,7 @@ class PackedAdapters:
             output = self._add(output, x, plain, name)
         for level in here:
             if level.dropout is not None:
-                kept = self._mask(level.dropout, name)
+                kept = self._mask(level.dropout, name, len(x))
                 output = self._add(output, x.float() * kept, [level], name)
         return output
 
@@ -58,9 +59,12 @@ class PackedAdapters:
         b = [_pick(level.factors[name].b, level.slots[first]) * level.scale for level in levels]
         return adapt(output, x, _cat(a, 1), _cat(b, 2), spans)
 
-    def _mask(self, dropout: Callable[[str], Tensor], name: str) -> Tensor:
+    def _mask(self, dropout: Callable[[str], Tensor], name: str, rows: int) -> Tensor:
+        """(rows, in) of the tokens that this pass is about; those of padding are dropped."""
         mask = dropout(name)
-        return mask if self.chosen is None else mask.index_select(0, self.chosen)
+        if self.chosen is not None:
+            mask = mask.index_select(0, self.chosen)
+        return functional.pad(mask, (0, 0, 0, rows - len(mask)))
 
     def _runs(self, levels: Sequence[Level]) -> tuple[Indices, tuple[int, ...]]:
         """First rows of runs of rows with the same adapters, and where their tokens begin."""

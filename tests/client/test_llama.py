@@ -28,7 +28,7 @@ from fedoppu.client.group import Group
 from fedoppu.client.jobs import ClientJob, Example, TrainedAdapter
 from fedoppu.client.llama import LlamaEngine, fast_path, pass_tokens
 from fedoppu.client.llama_attention import HeadShape, Stretch, attention_plan, gather_sum
-from fedoppu.client.llama_packing import Packed, pack_rows, split_rows
+from fedoppu.client.llama_packing import Packed, filled, pack_rows, split_rows
 from fedoppu.client.model import DTYPES, LoadedBase, load_base, resolve_base
 from fedoppu.client.plans import Plan
 from fedoppu.client.training import BatchedTrainer
@@ -329,10 +329,32 @@ def test_every_query_and_key_of_a_plan_is_found_where_its_group_put_it(
     heads = HeadShape(heads=4, key_heads=2)
     plan = attention_plan(stretches, np.concatenate(positions), heads, dtype=torch.float32)
     asked = sum(own for own, _ in shapes) * 4
+    for group in plan.groups:
+        assert group.shape[1] & (group.shape[1] - 1) == 0
+        assert (group.shape[3] % 16, group.shape[4] % 32) == (0, 0)
     queries = torch.cat([group.queries for group in plan.groups])
     assert torch.equal(queries[plan.found], torch.arange(asked))
     once = torch.ones(sum(len(group.keys) for group in plan.groups), 1)
     assert torch.equal(gather_sum(once, plan), torch.ones(end * 2, 1))
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_padding_makes_few_numbers_of_tokens_of_many_and_nobody_sees_it(count: int) -> None:
+    plain = packed([list(range(10, 50))] * count)
+    found = filled(plain)
+    tokens, outputs = len(plain.tokens), len(plain.outputs)
+    assert (len(found.tokens) % 16, len(found.outputs) % 16) == (0, 0)
+    assert found.tokens[:tokens].tolist() == plain.tokens.tolist()
+    assert found.outputs[:outputs].tolist() == plain.outputs.tolist()
+    assert len(set(found.outputs)) == len(found.outputs)
+    for stretches, before in ((found.stretches, plain.stretches), (found.last, plain.last)):
+        assert stretches[: len(before)] == before
+        assert all(stretch.keys.min() >= tokens for stretch in stretches[len(before) :])
+
+
+def test_a_pass_of_many_tokens_is_padded_by_a_thirty_second_at_most() -> None:
+    rows = [Row(0, Example(np.full(700, 9, np.int32), np.array([5], np.int32)))] * 9
+    assert len(filled(pack_rows(rows, share=False)).tokens) == 6336
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60)), max_size=12), st.integers(1, 90))
