@@ -154,6 +154,27 @@ class LlamaEngine:
 
         self._pass_tokens = pass_tokens(model)
 
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self._layers)
+
+    @property
+    def heads(self) -> HeadShape:
+        """The attention heads of each layer."""
+        return self._heads
+
+    @property
+    def head_width(self) -> int:
+        """Coordinates of a head."""
+        return int(self._layers[0].self_attn.head_dim)
+
+    @property
+    def embeddings(self) -> Tensor:
+        """(vocabulary, width) of the tokens; all weights have their dtype and device."""
+        weight: Tensor = self._model.model.embed_tokens.weight
+        return weight
+
     def passes(self, rows: Sequence[Row], *, share: bool) -> "list[PackedPass]":
         """Rows as passes; with `share`, what a user's rows begin with is computed once."""
         return [

@@ -1,18 +1,20 @@
 """The predictor: label log-likelihoods and greedy answers for mixed users in one batch.
 
-Queries whose stacks have the same specs share a pass, whoever's adapters they are; rows are sorted
-by length, so that little is padded. Scores are exact: each is the sum over all tokens of a label.
+Queries whose stacks have the same specs share a pass, whoever's adapters they are (`inference` says
+how). Scores are exact: each is the sum over all tokens of a label. The same queries in the same order
+give the same bytes; another set of queries may change how products are rounded, in float32 by about
+1e-6 nats a label, in bfloat16 by a few hundredths.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedoppu.client.batches import MAX_TOKENS, check_tokens, split_by_length
-from fedoppu.client.generation import generate_batch
+from fedoppu.client.batches import check_tokens
+from fedoppu.client.inference import Inference, Inferences
 from fedoppu.client.jobs import ModelQuery
-from fedoppu.client.label_scores import input_length, score_batch
 from fedoppu.client.model import LoadedBase
 from fedoppu.client.multi_lora import check_stack
 from fedoppu.client.virtual_tokens import query_after_virtual
@@ -20,26 +22,30 @@ from fedoppu.common.adapters import Adapter, Spec
 from fedoppu.common.config import require
 from fedoppu.common.errors import DataError, UsageError
 
-# queries that are sorted by length together: answers come in the order of the queries
+# queries that are laid out together: answers come in the order of the queries
 WINDOW = 512
+
+T = TypeVar("T")
 
 
 class BatchedPredictor:
     """Answers queries of many users on one frozen base; a `jobs.Predictor`."""
 
-    def __init__(self, base: LoadedBase, *, batch_tokens: int = MAX_TOKENS) -> None:
+    def __init__(self, base: LoadedBase, *, batch_tokens: int | None = None) -> None:
         """Answer with `base`, which is never changed.
 
         Args:
             base: A loaded base, shared with whoever else uses it.
-            batch_tokens: Most tokens of one pass, padding included; bounds the memory.
+            batch_tokens: Most tokens of one pass, padding included, and of what answers keep of
+                their texts; bounds the memory. None for what suits the base.
 
         Raises:
             UsageError: `batch_tokens` is smaller than 1.
         """
-        require("batch_tokens", batch_tokens, 1)
+        if batch_tokens is not None:
+            require("batch_tokens", batch_tokens, 1)
         self._base = base
-        self._batch_tokens = batch_tokens
+        self._inferences = Inferences(base, batch_tokens)
 
     def score(self, queries: Sequence[ModelQuery]) -> Iterator[NDArray[np.float64]]:
         """For each query the (num_labels,) log-likelihoods of its labels, nats, in order.
@@ -51,12 +57,7 @@ class BatchedPredictor:
         for window in self._windows(queries):
             for query in window:
                 self._check_labels(query)
-            lengths = [input_length(query) for query in window]
-            scores: dict[int, NDArray[np.float64]] = {}
-            for batch in self._batches(window, lengths):
-                found = score_batch(self._base, [window[index] for index in batch])
-                scores.update(zip(batch, found, strict=True))
-            yield from (scores[index] for index in range(len(window)))
+            yield from self._answered(window, lambda inference, part: inference.score(part))
 
     def generate(self, queries: Sequence[ModelQuery]) -> Iterator[tuple[int, ...]]:
         """For each query the greedy answer's token ids, without the end token, in order.
@@ -68,12 +69,7 @@ class BatchedPredictor:
         for window in self._windows(queries):
             for query in window:
                 self._check_answer(query)
-            lengths = [len(query.prompt) + query.max_tokens for query in window]
-            answers: dict[int, tuple[int, ...]] = {}
-            for batch in self._batches(window, lengths):
-                found = generate_batch(self._base, [window[index] for index in batch])
-                answers.update(zip(batch, found, strict=True))
-            yield from (answers[index] for index in range(len(window)))
+            yield from self._answered(window, lambda inference, part: inference.generate(part))
 
     def _windows(self, queries: Sequence[ModelQuery]) -> Iterator[Sequence[ModelQuery]]:
         checked: dict[tuple[int, ...], tuple[Adapter, ...]] = {}
@@ -87,14 +83,21 @@ class BatchedPredictor:
                 self._check(f"the prompt of query {query.id}", query.prompt)
             yield [query_after_virtual(query) for query in window]
 
-    def _batches(self, window: Sequence[ModelQuery], lengths: Sequence[int]) -> Iterator[list[int]]:
+    def _answered(
+        self,
+        window: Sequence[ModelQuery],
+        answer: Callable[[Inference, Sequence[ModelQuery]], Iterator[tuple[int, T]]],
+    ) -> Iterator[T]:
+        """The answers of a window, in its order."""
         alike: dict[tuple[Spec, ...], list[int]] = {}
         for index, query in enumerate(window):
             alike.setdefault(tuple(a.spec for a in query.adapters), []).append(index)
-        for members in alike.values():
-            chosen = [lengths[index] for index in members]
-            for batch in split_by_length(chosen, max_tokens=self._batch_tokens):
-                yield [members[index] for index in batch]
+        answers: dict[int, T] = {}
+        for specs, members in alike.items():
+            part = [window[index] for index in members]
+            found = answer(self._inferences.of(specs), part)
+            answers.update((members[index], value) for index, value in found)
+        yield from (answers[index] for index in range(len(window)))
 
     def _check(self, name: str, tokens: NDArray[np.int32]) -> None:
         limit = self._base.facts.max_tokens
