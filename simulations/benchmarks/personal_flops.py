@@ -3,7 +3,7 @@
 Counted are the products with frozen matrices that the method needs, of the tokens that are left
 after prefixes are shared: forward through every linear layer, backward with respect to their inputs
 (frozen weights have no gradient), the last layer's questions and MLP at answer tokens alone, nothing
-below the first adapter. Not counted: attention, adapters, norms, the loss.
+below the first adapter. Not counted: attention, adapters, norms, the loss, padding.
 """
 
 from collections.abc import Mapping, Sequence

@@ -139,7 +139,7 @@ def _compare(case: Case, scope: Scope) -> Iterator[Row]:
         contest = Contest(case, _sides(case, scope, folder))
         turns = contest.run(scope.pairs)
     yield from _rates(case, turns, promised=scope.promised)
-    yield gradient_row(case, LeanLoop(case, dtype="float32"))
+    yield gradient_row(case)
     moved = {name: movements(case, trained) for name, trained in contest.trained.items()}
     best, exact = ours_in("bfloat16", groups_of(case)[-1]), ours_in("float32", EXACT)
     if exact in moved:

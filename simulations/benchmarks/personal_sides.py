@@ -111,6 +111,10 @@ class LeanLoop:
         """One answer for each job, in their order."""
         return [self._train(job) for job in jobs]
 
+    def compute_in_double(self) -> None:
+        """Computes in float64 from now on: what float32 rounds."""
+        self._model.double()
+
     def gradient(self, job: ClientJob, examples: Sequence[Example]) -> NDArray[np.float32]:
         """(num_params,) gradient of the mean loss over the answers, at the job's start."""
         set_factors(self._factors, job)
