@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from fedoppu.common.base import BaseFacts
 from fedoppu.common.cli import run_command
 from fedoppu.common.errors import FedoppuError
 
@@ -139,3 +140,18 @@ def _model(base: str) -> Iterator[Finding]:
     yield Finding("base", "ok", f"{facts.name}: {size}, hash {facts.hash[:12]}")
     kinds = sorted({name.rsplit(".", 1)[-1] for name in facts.linear})
     yield Finding("adapted", "ok", f"{len(facts.linear)} linear layers: {', '.join(kinds)}")
+    yield _path(facts)
+
+
+def _path(facts: BaseFacts) -> Finding:
+    """How training and answering compute on a base; the results are the same."""
+    from fedoppu.client.base_checks import generic_because
+
+    try:
+        reason = generic_because(facts)
+    except FedoppuError as error:
+        return Finding("path", "fail", str(error), error.hint)
+    if reason is None:
+        return Finding("path", "ok", "fast, for training and for answers, with LoRA adapters")
+    hint = "the results are the same, the time is not: Llama, Mistral and Qwen2 bases are fast"
+    return Finding("path", "ok", f"generic, for training and for answers: {reason}", hint)

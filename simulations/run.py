@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedoppu.client.base_checks import generic_because, require_chat_template
 from fedoppu.client.model import resolve_base
 from fedoppu.client.tasks import TASKS
 from fedoppu.common.adapter_files import save_adapter
@@ -123,7 +124,7 @@ class Work:
 
 def _work(work: Work, console: Console) -> dict[str, Any]:
     with _resumable(work.folder, console):
-        _warn(work.run, console)
+        _warn(work.run, work.base, console)
         process = begin_process(work.folder, work.place)
         with _workforce(work.place) as workforce:
             results = [
@@ -172,6 +173,8 @@ def _checked(run: RunConfig, *, place: RunConfig) -> BaseFacts:
             f"there is no data at {run.data}", hint="data= takes a folder of LaMP records"
         )
     base = resolve_base(run.base)
+    if run.prompt.style == "chat":
+        require_chat_template(base)
     for task in run.task:
         probe = federation(
             run, base, task=task, k=0, profile="none", base_users=run.base_users, seed=run.seed
@@ -182,8 +185,15 @@ def _checked(run: RunConfig, *, place: RunConfig) -> BaseFacts:
     return base
 
 
-def _warn(run: RunConfig, console: Console) -> None:
-    """What weakens a promise; of updates in clear, the strategy warns itself."""
+def _warn(run: RunConfig, base: BaseFacts, console: Console) -> None:
+    """What weakens a promise, or takes longer; of updates in clear, the strategy warns itself."""
+    reason = generic_because(base)
+    if reason is not None:
+        console.say(
+            f"{base.name} takes the generic path, with the same results but slower: {reason}"
+        )
+    elif run.personal.adapter.kind != "lora":
+        console.say(f"personal adapters of kind {run.personal.adapter.kind} take the generic path")
     if run.thresholds.floor < 20:
         console.say(
             f"floor of {run.thresholds.floor} members: for simulations; a device's own policy asks for 20 by default"

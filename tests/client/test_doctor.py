@@ -57,6 +57,32 @@ def test_people_get_a_line_for_each_finding() -> None:
     assert any(line.startswith("ok    base           pocket: ") for line in lines)
 
 
+def test_a_llama_takes_the_fast_path() -> None:
+    path = findings()["path"]
+    assert (path["verdict"], path["hint"]) == ("ok", "")
+    assert path["value"].startswith("fast, for training and for answers")
+
+
+def test_why_another_base_takes_the_generic_path_is_said(tiny_base: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    path = findings("--base", str(base))["path"]
+    assert path["value"] == (
+        "generic, for training and for answers: its activation is gelu, not silu"
+    )
+    assert "the results are the same" in path["hint"]
+
+
+def test_a_base_that_cannot_be_built_is_one_line(tiny_base: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "nothing"}))
+    ended = doctor("--base", str(base))
+    assert ended.exit_code == 1
+    assert f"fail  path           base {base} cannot be built: ValueError: " in ended.stdout
+
+
 def test_another_base_is_looked_at(tiny_base: Path) -> None:
     found = findings("--base", str(tiny_base))
     assert "0.1 M parameters, context 512" in found["base"]["value"]

@@ -1,6 +1,7 @@
 """The `fedoppu simulate` command: settings, formats, exit codes; never a traceback for what a user did."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -115,8 +116,38 @@ def test_too_few_users_are_told_with_a_remedy(tmp_path: Path) -> None:
     assert envelope["hint"]
 
 
+def test_a_chat_without_a_template_is_refused_before_any_work(tmp_path: Path) -> None:
+    ended = command(*LEAST, "prompt.style=chat", f"out={tmp_path / 'run'}", "-q")
+    assert (ended.exit_code, ended.stderr) == (
+        2,
+        "error: prompt.style=chat takes a base with a chat template, and pocket has none\n"
+        "hint: set prompt.style=plain\n",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_on_the_generic_path_is_told_once_with_the_reason(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    for name, times in ((str(base), 1), ("pocket", 0)):
+        ended = command(*LEAST, f"base={name}", f"out={tmp_path / Path(name).name}-run")
+        assert ended.exit_code == 0, ended.stderr
+        assert ended.stderr.count("takes the generic path") == times
+    told = command(*LEAST, f"base={base}", f"out={tmp_path / 'again'}").stderr
+    assert "slower: its activation is gelu, not silu" in " ".join(told.split())
+
+
+@pytest.fixture
+def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a run begin that cannot make a prompt: pocket has no chat template."""
+    monkeypatch.setattr("fedoppu.simulations.run.require_chat_template", lambda base: None)
+
+
+@pytest.mark.usefixtures("_unchecked")
 def test_a_clients_exception_names_member_and_user_and_ends_the_run(tmp_path: Path) -> None:
-    # pocket has no chat template: no member can make a prompt
     chat = [*LEAST, "prompt.style=chat", "rounds=1", "cohort=2", f"out={tmp_path / 'run'}", "-q"]
     ended = command(*chat)
     assert ended.exit_code == 1
@@ -125,6 +156,7 @@ def test_a_clients_exception_names_member_and_user_and_ends_the_run(tmp_path: Pa
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.usefixtures("_unchecked")
 def test_an_error_about_a_target_user_names_the_user(tmp_path: Path) -> None:
     ended = command(*LEAST, "prompt.style=chat", f"out={tmp_path / 'run'}", "-q")
     assert ended.exit_code == 1
