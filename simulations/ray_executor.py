@@ -14,9 +14,13 @@ versions of what computes: both are checked in each task, and named where they f
 """
 
 import os
+import signal
 import socket
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -31,6 +35,7 @@ G = TypeVar("G")
 R = TypeVar("R")
 
 CONNECT_SECONDS = 10.0
+PROBE_SECONDS, PROBES = 5.0, 3  # a head that is silent so often has gone; after 60 s Ray ends us
 RETRIES = 3  # of a task that is lost; an error of a group is none, and is not tried again
 VERSIONS = ("fedoppu", "torch", "transformers", "numpy")
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -120,11 +125,12 @@ def _unseen(what: str) -> ClientFailed:
 class RayTasks:
     """Works in tasks of a Ray cluster; at most two groups a processor are under way."""
 
-    def __init__(self, ray: Any, spec: WorkerSpec, ahead: int) -> None:
-        """Keep the spec, and Ray, whose connection belongs to a `RayWorkforce`."""
+    def __init__(self, ray: Any, spec: WorkerSpec, ahead: int, *, head: str) -> None:
+        """Keep the spec, and Ray, whose connection belongs to a `RayWorkforce`; its head's address."""
         self._ray = ray
         self._spec = spec
         self._ahead = ahead
+        self._head = head
         options = {"num_cpus": spec.threads, "max_retries": RETRIES, "retry_exceptions": False}
         self._task = ray.remote(**options)(run_on_ray)
 
@@ -133,6 +139,7 @@ class RayTasks:
 
         Raises:
             ClientFailed: A group was lost too often, or a machine cannot work on it.
+            ConnectionFailed: Ray went away.
         """
         home = Home.here()
         under_way: deque[Any] = deque()
@@ -152,15 +159,32 @@ class RayTasks:
 
     def _result(self, reference: Any) -> Any:
         errors = self._ray.exceptions
+        self._wait(reference)
         try:
             return self._ray.get(reference)
         except errors.RayTaskError as error:  # an error of the group, as in any other process
             raise error.cause from None
+        except errors.LocalRayletDiedError:
+            raise self._gone() from None
         except errors.RayError as error:
             raise ClientFailed(
                 f"a group of users was lost {1 + RETRIES} times: {type(error).__name__}",
                 hint="its process may have run out of memory: set fewer workers or group_users",
             ) from None
+
+    def _wait(self, reference: Any) -> None:
+        """Waits for a group as long as Ray is there; Ray itself would end this process after a minute."""
+        silent = 0
+        while not self._ray.wait([reference], timeout=PROBE_SECONDS)[0]:
+            silent = 0 if _listens(self._head) else silent + 1
+            if silent == PROBES:
+                raise self._gone()
+
+    def _gone(self) -> ConnectionFailed:
+        return ConnectionFailed(
+            f"Ray at {self._head} went away while groups of users were worked on",
+            hint="start it again and go on with the run, or go on with engine=local",
+        )
 
 
 class RayWorkforce:
@@ -179,16 +203,18 @@ class RayWorkforce:
         """
         os.environ.update(QUIET)
         self._ray: Any = import_ray()
+        self._notices = ExitStack()
         own = {"num_cpus": workers, "include_dashboard": False} if address is None else {}
         try:
             _require_listener(address)
-            self._ray.init(
-                # "local": or an address in the environment would be taken
-                address=address or "local",
-                log_to_driver=False,  # its notices would be on our standard output
-                logging_level="ERROR",
-                **own,
-            )
+            with _own_sigterm():
+                self._ray.init(
+                    # "local": or an address in the environment would be taken
+                    address=address or "local",
+                    log_to_driver=False,  # what tasks print would be on our standard output
+                    logging_level="ERROR",
+                    **own,
+                )
         except (OSError, RuntimeError, ValueError) as error:
             raise ConnectionFailed(
                 f"Ray could not be reached at {address or 'this machine'}: "
@@ -199,10 +225,12 @@ class RayWorkforce:
     def executor(self, spec: WorkerSpec) -> GroupExecutor:
         """An executor for one federation."""
         processors = int(self._ray.cluster_resources().get("CPU", 1)) // spec.threads
-        return RayTasks(self._ray, spec, 2 * max(processors, 1))
+        head = str(self._ray.get_runtime_context().gcs_address)
+        return RayTasks(self._ray, spec, 2 * max(processors, 1), head=head)
 
     def __enter__(self) -> "RayWorkforce":
-        """Return itself."""
+        """Keep Ray's notices, that a process died and the like, off our standard output."""
+        self._notices.enter_context(redirect_stdout(sys.stderr))
         return self
 
     def __exit__(
@@ -212,7 +240,29 @@ class RayWorkforce:
         trace: TracebackType | None,
     ) -> None:
         """Leave the cluster, or end the own head, whatever it is at."""
-        self._ray.shutdown()
+        with self._notices:
+            self._ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Puts our handler of SIGTERM back after Ray put its own in place, which aborts the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _listens(address: str) -> bool:
+    try:
+        _require_listener(address)
+    except OSError:
+        return False
+    return True
 
 
 def _require_listener(address: str | None) -> None:

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from fedoppu.common.config import PersonalSettings
-from fedoppu.common.errors import ClientFailed, DataError, UsageError
+from fedoppu.common.errors import ClientFailed, ConnectionFailed, DataError, UsageError
 from fedoppu.simulations import ray_executor
 from fedoppu.simulations.ray_executor import Home, RayTasks, import_ray, run_on_ray
 from fedoppu.simulations.workers import WorkerSpec
 from tests.small_run import LEAST, command, finish, results, settings
 
+NOWHERE = "127.0.0.1:1"  # nobody listens there
 SPEC = WorkerSpec("pocket", Path("users"), b"{}", PersonalSettings(), 0, 1, 1)
 START = [
     *("task=LaMP_3", "users=5", "base_users=6", "queries=2", "rounds=2", "cohort=4"),
@@ -75,6 +76,10 @@ class Lost(Exception):
     """As Ray's own errors."""
 
 
+class Gone(Lost):
+    """As Ray's when the machine's own part of it has ended."""
+
+
 class Failed(Lost):
     """An error of the task itself."""
 
@@ -84,13 +89,20 @@ class Failed(Lost):
 
 
 class FakeRay:
-    """Works when it is asked for a result; counts what was submitted, and what was cancelled."""
+    """Works when it is asked for a result; counts what was submitted, and what was cancelled.
+
+    Attributes:
+        raises: Group: error of it.
+        late: How often each result is waited for in vain.
+    """
 
     class exceptions:  # noqa: N801
-        RayError, RayTaskError = Lost, Failed
+        RayError, RayTaskError, LocalRayletDiedError = Lost, Failed, Gone
 
-    def __init__(self, *, raises: dict[int, Exception] | None = None) -> None:
+    def __init__(self, *, raises: dict[int, Exception] | None = None, late: int = 0) -> None:
         self.raises = raises or {}
+        self.late = late
+        self.waited = 0
         self.submitted = 0
         self.cancelled: list[int] = []
         self.options: dict[str, Any] = {}
@@ -102,6 +114,11 @@ class FakeRay:
         self.submitted += 1
         return arguments[-1]
 
+    def wait(self, groups: list[int], *, timeout: float) -> tuple[list[int], list[int]]:
+        assert timeout == ray_executor.PROBE_SECONDS
+        self.waited += 1
+        return ([], groups) if self.waited <= self.late else (groups, [])
+
     def get(self, group: int) -> int:
         if group in self.raises:
             raise self.raises[group]
@@ -112,9 +129,13 @@ class FakeRay:
         self.cancelled.append(group)
 
 
+def tasks(ray: FakeRay, ahead: int, *, head: str = NOWHERE) -> RayTasks:
+    return RayTasks(ray, SPEC, ahead, head=head)
+
+
 def test_results_come_in_the_order_of_the_groups_and_few_are_under_way() -> None:
     ray = FakeRay()
-    found = RayTasks(ray, SPEC, 4).map(doubled, range(9))
+    found = tasks(ray, 4).map(doubled, range(9))
     assert [next(found), next(found)] == [0, 2]
     assert ray.submitted == 5
     assert list(found) == [4, 6, 8, 10, 12, 14, 16]
@@ -123,14 +144,14 @@ def test_results_come_in_the_order_of_the_groups_and_few_are_under_way() -> None
 
 def test_a_lost_task_is_retried_and_an_error_of_a_group_is_not() -> None:
     ray = FakeRay()
-    RayTasks(ray, replace(SPEC, threads=3), 4)
+    RayTasks(ray, replace(SPEC, threads=3), 4, head=NOWHERE)
     assert ray.options == {"num_cpus": 3, "max_retries": 3, "retry_exceptions": False}
 
 
 def test_an_error_of_a_group_is_passed_on_as_it_is_and_the_others_are_cancelled() -> None:
     ray = FakeRay(raises={1: Failed(DataError("item 3 has no text", hint="give it one"))})
     with pytest.raises(DataError, match="item 3 has no text") as told:
-        list(RayTasks(ray, SPEC, 3).map(doubled, range(9)))
+        list(tasks(ray, 3).map(doubled, range(9)))
     assert told.value.hint == "give it one"
     assert ray.cancelled == [2, 3]
 
@@ -138,8 +159,28 @@ def test_an_error_of_a_group_is_passed_on_as_it_is_and_the_others_are_cancelled(
 def test_a_group_that_is_lost_too_often_is_a_failed_client_with_a_remedy() -> None:
     ray = FakeRay(raises={0: Lost()})
     with pytest.raises(ClientFailed, match="was lost 4 times: Lost") as told:
-        list(RayTasks(ray, SPEC, 3).map(doubled, range(9)))
+        list(tasks(ray, 3).map(doubled, range(9)))
     assert "set fewer workers or group_users" in told.value.hint
+
+
+def test_a_head_that_is_gone_is_a_failed_connection_with_a_remedy() -> None:
+    for ray in (FakeRay(raises={0: Gone()}), FakeRay(late=ray_executor.PROBES)):
+        with pytest.raises(ConnectionFailed, match=f"Ray at {NOWHERE} went away") as told:
+            list(tasks(ray, 3).map(doubled, range(9)))
+        assert "go on with engine=local" in told.value.hint
+        assert ray.cancelled == [1, 2]
+
+
+def test_a_group_may_take_its_time_while_the_head_is_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ray = FakeRay(late=5 * ray_executor.PROBES)
+        own = tasks(ray, 3, head=f"127.0.0.1:{server.getsockname()[1]}")
+        assert list(own.map(doubled, [1])) == [2]
+
+
+def test_a_head_that_is_silent_for_a_moment_is_waited_for() -> None:
+    ray = FakeRay(late=ray_executor.PROBES - 1)
+    assert list(tasks(ray, 3).map(doubled, [1])) == [2]
 
 
 # --- a head of our own, and a cluster --------------------------------------------------------------
@@ -225,14 +266,18 @@ def test_a_worker_that_is_killed_on_a_cluster_changes_nothing(
         tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
         head(folder) as address,
     ):
-        place = ("engine=ray", f"ray.address={address}", f"out={tmp_path / 'run'}", "-q")
-        run = subprocess.Popen(words(*START, *place), stdout=subprocess.DEVNULL)  # noqa: S603
+        place = ("engine=ray", f"ray.address={address}", f"out={tmp_path / 'run'}")
+        run = subprocess.Popen(  # noqa: S603
+            words(*START, *place, "--format", "json", "-q"), stdout=subprocess.PIPE, text=True
+        )
         try:
             while not (working := task_processes(folder)):
                 assert run.poll() is None
                 time.sleep(0.02)
             os.kill(working[0], signal.SIGKILL)
-            assert run.wait() == 0
+            told, _ = run.communicate()
+            assert run.returncode == 0
+            assert json.loads(told)["status"] == "ok"  # nothing of Ray's beside it
         finally:
             run.kill()
     assert results(tmp_path / "run") == results(reference)
