@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fedoppu.client.llama import fast_path
 from fedoppu.common.base import BaseFacts
@@ -24,14 +24,14 @@ def generic_because(facts: BaseFacts) -> str | None:
     try:
         config = cast(Any, AutoConfig).from_pretrained(facts.path, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = cast(Any, AutoModelForCausalLM).from_config(config)
     except Exception as error:  # transformers raises many kinds for what it cannot read
         reason = " ".join(str(error).split())[:300]
         raise BaseModelError(
             f"base {facts.name} cannot be built: {type(error).__name__}: {reason}",
             hint="its config.json must be that of a causal language model of transformers",
         ) from error
-    return fast_path(model)
+    return fast_path(cast(PreTrainedModel, model))
 
 
 def require_chat_template(facts: BaseFacts) -> None:
