@@ -63,11 +63,19 @@ def takes_fast_path(base: LoadedBase, stack: Sequence[Spec]) -> bool:
 class Engines:
     """The engines of one base, each made once."""
 
-    def __init__(self, base: LoadedBase) -> None:
-        """Compute with `base`, which is never changed."""
+    def __init__(self, base: LoadedBase, *, checkpointing: bool = False) -> None:
+        """Compute with a base.
+
+        Args:
+            base: Never changed.
+            checkpointing: Whether a backward computes each layer anew instead of keeping it: less
+                memory, more time, the same bits (`llama`). The generic path does not: there it
+                is a mode of the model, which other users of the base would be in too.
+        """
         self._base = base
         self._generic = GenericEngine(base)
-        self._fast = LlamaEngine(base.model) if takes_fast_path(base, ()) else None
+        fast = takes_fast_path(base, ())
+        self._fast = LlamaEngine(base.model, checkpointing=checkpointing) if fast else None
 
     def of(self, stack: Sequence[Spec]) -> Engine:
         """The fastest engine that takes a stack of adapters."""

@@ -11,6 +11,11 @@ each exact:
    projection and the MLP; the others give keys and values alone.
 5. What a user's rows begin with is computed once a step (`llama_packing`).
 6. Attention written out over small groups of rows of similar length (`llama_attention`).
+7. Passes and groups of few shapes, since a CPU makes a kernel for each (`llama_packing.filled`).
+
+With checkpointing the backward computes each layer anew from its input: the same bits, and a third
+to a half of the memory of a pass saved (8 users of a 6M base: 674 MB before, 454 MB after; 2 users
+of SmolLM2-135M: 767 and 411 MB), for 1.3-1.45 times the time.
 
 Adapters and losses are float32, whatever the base computes in.
 """
@@ -24,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from fedoppu.client.batches import Row
@@ -143,8 +149,13 @@ class _Pass:
 class LlamaEngine:
     """Trains adapters on a Llama-shaped base; an `engine.Engine`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Take the weights of a model for which `fast_path` is None."""
+    def __init__(self, model: PreTrainedModel, *, checkpointing: bool = False) -> None:
+        """Take the weights of a model.
+
+        Args:
+            model: One for which `fast_path` is None.
+            checkpointing: Whether a backward computes each layer anew instead of keeping it.
+        """
         config = cast(Any, model).config
         self._model = cast(Any, model)
         self._layers = list(self._model.model.layers[: config.num_hidden_layers])
@@ -153,6 +164,7 @@ class LlamaEngine:
         )
 
         self._pass_tokens = pass_tokens(model)
+        self._checkpointing = checkpointing
 
     @property
     def layers(self) -> int:
@@ -204,7 +216,7 @@ class LlamaEngine:
         run = self._prepare(laid, adapters, attend)
         hidden = self._model.model.embed_tokens(self._tensor(laid.tokens))
         for index in range(len(self._layers)):
-            hidden = self._layer(index, hidden, run)
+            hidden = self._kept(index, hidden, run)
         final = self._model.model.norm
         return norm(hidden, final.weight, final.variance_epsilon)
 
@@ -243,6 +255,19 @@ class LlamaEngine:
         signed = torch.cat((-first, second), -1)
         tables = [(table * scale).to(self._model.dtype) for table in (cosine[0], signed)]
         return tables[0][:, None].repeat(1, heads, 1), tables[1][:, None].repeat(1, heads, 1)
+
+    def _kept(self, index: int, hidden: Tensor, run: _Pass) -> Tensor:
+        """One layer; what its backward needs is kept, or computed anew from `hidden`.
+
+        Passes are as large either way, so that the bits are the same. Nothing random happens in a
+        layer: dropout masks are functions of their row, so that no generator's state is saved.
+        """
+        if not (self._checkpointing and torch.is_grad_enabled()):
+            return self._layer(index, hidden, run)
+        again: Tensor = checkpoint(
+            self._layer, index, hidden, run, use_reentrant=False, preserve_rng_state=False
+        )
+        return again
 
     def _layer(self, index: int, hidden: Tensor, run: _Pass) -> Tensor:
         """(T, width) after one layer; after the last one (outputs, width)."""

@@ -21,13 +21,21 @@ Answer = TrainedAdapter | ClientFailure
 class BatchedTrainer:
     """Trains many users' adapters on one frozen base; a `jobs.LocalTrainer`."""
 
-    def __init__(self, base: LoadedBase, *, group: int = 8, engine: Engine | None = None) -> None:
+    def __init__(
+        self,
+        base: LoadedBase,
+        *,
+        group: int = 8,
+        engine: Engine | None = None,
+        checkpointing: bool = False,
+    ) -> None:
         """Train on `base`, which is never changed.
 
         Args:
             base: A loaded base, shared with whoever else uses it.
             group: Users in one pass. It shapes float rounding, so it is part of a result.
             engine: How the base computes; for each stack the fastest that takes it if None.
+            checkpointing: Less memory for more time, the same bits; see `Engines`.
 
         Raises:
             UsageError: The group is smaller than 1.
@@ -36,7 +44,7 @@ class BatchedTrainer:
         self._base = base
         self._group = group
         self._engine = engine
-        self._engines = Engines(base)
+        self._engines = Engines(base, checkpointing=checkpointing)
 
     def update_many(
         self,

@@ -244,6 +244,42 @@ def test_the_model_is_as_before_and_the_same_jobs_give_the_same_bytes(base: Load
     assert snapshot(base.model) == before
 
 
+def kept_bytes(base: LoadedBase, job: ClientJob, *, checkpointing: bool) -> int:
+    """Bytes that autograd holds for backwards while a user is trained, each tensor once."""
+    saved: dict[int, int] = {}
+    held: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor)  # so that no address is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        list(BatchedTrainer(base, checkpointing=checkpointing).update_many([job]))
+    return sum(saved.values())
+
+
+def test_checkpointing_gives_the_same_bits(base: LoadedBase) -> None:
+    shared = random_adapter(spec_of(base, "all-linear"), 1)
+    jobs = [
+        with_settings(job, dropout=0.3 * (index % 2))
+        for index, job in enumerate(some_jobs(base, "all-linear", frozen=(shared,)))
+    ]
+    keeping, anew = (
+        [adapter.digest() for adapter in trained(base, engine, jobs)]
+        for engine in (LlamaEngine(base.model), LlamaEngine(base.model, checkpointing=True))
+    )
+    assert keeping == anew
+
+
+def test_checkpointing_keeps_less_for_the_backward(base: LoadedBase) -> None:
+    """What it keeps of a layer is its input, which no hook sees: one tensor of fifteen or more."""
+    job = with_settings(fresh_job(spec_of(base, "q_proj"), 0, 3), epochs=1)
+    keeping, anew = (kept_bytes(base, job, checkpointing=on) for on in (False, True))
+    assert 0 < anew < keeping / 4
+
+
 def with_odd_layer() -> PreTrainedModel:
     model = llama()
     mlp = model.get_submodule("model.layers.1.mlp")
