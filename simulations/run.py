@@ -249,7 +249,7 @@ def _run_federation(
     costs.spend("shared")
     arms = evaluate(_evaluation(phase), costs.metered(executor, "personal"), console)
     costs.spend("personal")
-    lengths = history_lengths(phase.users, phase.config.task)
+    lengths = history_lengths(phase.users)
     tokens = _trained_tokens(phase.folder / "personal.jsonl")
     result = FederationResult(phase, rounds, costs.lines, arms, lengths, tokens)
     commit_file(phase.folder / "config.yaml", to_yaml(asdict(phase.config)).encode())

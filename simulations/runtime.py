@@ -11,7 +11,7 @@ of two.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
 
@@ -51,6 +51,7 @@ from fedoppu.simulations.key_source import GridMarker, SeededKeySource
 from fedoppu.simulations.virtual_users import MemoryOutbox, MemoryState
 from fedoppu.simulations.workers import Worker
 
+RECENT = 256  # members whose keys are held
 LEAST_HELD_OUT = 4  # fewer say nothing of a loss (spec of secure aggregation, rule 11)
 # after training, so that a drop never changes a group
 DROP_STAGES: tuple[Stage, ...] = ("train.masked", "query.consistency", "query.unmask")
@@ -166,7 +167,7 @@ class SimulatedFederation:
     Attributes:
         config: What its parties agree on.
         spec: Shapes of the shared adapter.
-        identities: Of all members, in their order.
+        identity: Signing key of a member, made when it is asked for.
         roster: All members.
         randomness: Root of the run.
         keys: Key source of a member.
@@ -177,7 +178,7 @@ class SimulatedFederation:
 
     config: FederationConfig
     spec: AdapterSpec
-    identities: tuple[Identity, ...] = field(repr=False)
+    identity: Callable[[int], Identity] = field(repr=False)
     roster: Roster = field(repr=False)
     randomness: Randomness
     keys: Callable[[int], KeySource]
@@ -210,14 +211,17 @@ def simulate_members(
         marker: Of the Grid that they live in; their keys end with it.
         group_users: Members trained in one pass.
     """
-    identities = tuple(
-        Identity(member, randomness.secret("identity", member)) for member in range(members)
-    )
-    roster = Roster(tuple(identity.enrolled for identity in identities))
+
+    @lru_cache(RECENT)
+    def identity(member: int) -> Identity:
+        return Identity(member, randomness.secret("identity", member))
+
+    # of ten thousand members the public keys are held, not the private ones
+    roster = Roster(tuple(identity(member).enrolled for member in range(members)))
     return SimulatedFederation(
         config=config,
         spec=spec,
-        identities=identities,
+        identity=identity,
         roster=roster,
         randomness=randomness,
         keys=lambda member: SeededKeySource(randomness, member, marker),
@@ -246,7 +250,7 @@ def simulated_server(
         initial=federation.initial,
         roster=federation.roster,
         randomness=federation.randomness.child("server"),
-        directory=HelloDirectory(range(len(federation.identities)), deadline=STARTING),
+        directory=HelloDirectory(range(len(federation.roster)), deadline=STARTING),
         folder=folder,
         run_id=federation.randomness.secret("run", length=16).hex(),
         progress=progress,
@@ -364,7 +368,7 @@ class SimulatedMember:
     @property
     def identity(self) -> Identity:
         """The member's signing key."""
-        return self.users.federation.identities[self.index]
+        return self.users.federation.identity(self.index)
 
     @property
     def roster(self) -> Roster:

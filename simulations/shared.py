@@ -21,6 +21,7 @@ from fedoppu.common.rounds import RoundPlan
 from fedoppu.common.shared_adapter import travelling
 from fedoppu.common.thresholds import plan_thresholds
 from fedoppu.server.app import run_rounds
+from fedoppu.server.directory import FixedDirectory
 from fedoppu.server.metrics import RoundRecord, RoundTiming
 from fedoppu.server.privacy import privacy_of
 from fedoppu.server.runtime import ServerRuntime
@@ -28,7 +29,7 @@ from fedoppu.simulations.app import MemberSpec, run_in_flower
 from fedoppu.simulations.console import Console
 from fedoppu.simulations.costs import Costs
 from fedoppu.simulations.executors import GroupExecutor
-from fedoppu.simulations.grid import LocalGrid
+from fedoppu.simulations.grid import LocalGrid, node_id
 from fedoppu.simulations.key_source import GridMarker, simulation_grid
 from fedoppu.simulations.runtime import (
     SimulatedFederation,
@@ -243,9 +244,12 @@ def _members(phase: SharedPhase, marker: GridMarker) -> SimulatedFederation:
 
 def _run_locally(runtime: ServerRuntime, users: SimulatedUsers) -> None:
     """Runs all rounds over our own Grid; a client's error is reported in full."""
-    grid = LocalGrid(build_client_app(users), len(users.federation.identities), users)
+    members = len(users.federation.roster)
+    grid = LocalGrid(build_client_app(users), members, users)
+    # which member is where is known here: asking ten thousand takes seconds, and a message each
+    nodes = {member: node_id(member) for member in range(members)}
     try:
-        run_rounds(runtime, grid)
+        run_rounds(replace(runtime, directory=FixedDirectory(nodes)), grid)
     except ClientFailed:
         if users.failures:
             raise ClientFailed(users.failures[0]) from None

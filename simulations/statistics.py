@@ -8,8 +8,10 @@ pure function of (seed, key): nothing is carried.
 Not covered: the uncertainty of training, except as far as several seeds are pooled.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +19,11 @@ from numpy.typing import NDArray
 from fedoppu.common.config import require
 from fedoppu.common.errors import DataError
 from fedoppu.common.randomness import Key, Randomness
+from fedoppu.simulations.columns import Column
 from fedoppu.simulations.metrics import Floats, ratio
 
-CHUNK = 500  # resamples held at once: memory stays flat for any number of users
+CHUNK = 500  # resamples that are drawn from one stream
+HELD = 1 << 19  # numbers of a block (4 MB): what is held does not grow with the users
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,12 @@ class Statistic:
     """A number that users' summed columns determine.
 
     Attributes:
-        columns: (users, width) float64; all zero for a user that is left out.
+        columns: Makes the columns, (users, width) float64, all zero for a user that is left out:
+            those of all statistics together would be many times the scores that they are made of.
         combine: The number of summed columns, (..., width) to (...); NaN where there is none.
     """
 
-    columns: Floats = field(repr=False)
+    columns: Callable[[], Floats] = field(repr=False)
     combine: Callable[[Floats], Floats]
 
 
@@ -67,24 +72,20 @@ class Estimate:
 NOTHING = Estimate(None, None, None)
 
 
-def mean_of(values: Sequence[float | None]) -> Statistic:
+def mean_of(column: Column) -> Statistic:
     """The mean over the users that have a value."""
-    counted = np.array([value is not None for value in values], dtype=np.float64)
-    filled = np.array([0.0 if value is None else value for value in values])
-    return Statistic(np.stack([filled, counted], axis=1), ratio)
+
+    def columns() -> Floats:
+        return np.stack([column.values, column.known.astype(np.float64)], axis=1)
+
+    return Statistic(columns, ratio)
 
 
-def gain_of(left: Sequence[float | None], right: Sequence[float | None], *, sign: int) -> Statistic:
-    """Mean of sign * (left - right) over the users that have both: positive if left is better."""
-    return mean_of(gains(left, right, sign=sign))
-
-
-def gains(
-    left: Sequence[float | None], right: Sequence[float | None], *, sign: int
-) -> list[float | None]:
-    """Gives sign * (left - right) of each user, None where one is missing."""
-    pairs = zip(left, right, strict=True)
-    return [None if a is None or b is None else sign * (a - b) for a, b in pairs]
+def gains(left: Column, right: Column, *, sign: int) -> Column:
+    """Gives sign * (left - right) of each user that has both: positive if left is better."""
+    known = left.known & right.known
+    with np.errstate(invalid="ignore"):  # of two infinite losses the gain is NaN
+        return Column(np.where(known, sign * (left.values - right.values), 0.0), known)
 
 
 def bootstrap(
@@ -107,43 +108,81 @@ def bootstrap(
     """
     if not statistics:
         return []
-    for statistic in statistics:
-        if len(statistic.columns) != len(strata):
-            raise DataError(
-                f"a statistic of {len(statistic.columns)} users, not {len(strata)}: give all"
-            )
-    columns, places = _distinct_columns(statistics)
-    points = [
-        float(s.combine(s.columns.sum(axis=0))) if len(strata) else np.nan for s in statistics
-    ]
+    pool = _Pool.of(statistics, len(strata))
     groups = _groups(strata)
     if max((len(group) for group in groups), default=0) < 2:
-        return [Estimate(_number(point), None, None) for point in points]
+        return [Estimate(_number(point), None, None) for point in pool.points]
     draws = np.empty((settings.resamples, len(statistics)))
     for start in range(0, settings.resamples, CHUNK):
         size = min(CHUNK, settings.resamples - start)
-        weights = _weights(groups, size, settings.randomness.stream("bootstrap", *key, start))
-        # einsum adds in a fixed order, whatever the number of BLAS threads: the same bytes.
-        sums = np.einsum("ru,uc->rc", weights, columns)
+        stream = settings.randomness.stream("bootstrap", *key, start)
+        sums = _resampled(pool, _counts(groups, size, stream))
         for index, statistic in enumerate(statistics):
-            draws[start : start + size, index] = statistic.combine(sums[:, places[index]])
-    return [_estimate(p, draws[:, i], settings.confidence) for i, p in enumerate(points)]
+            draws[start : start + size, index] = statistic.combine(sums[:, pool.places[index]])
+    return [_estimate(p, draws[:, i], settings.confidence) for i, p in enumerate(pool.points)]
 
 
-def _distinct_columns(statistics: Sequence[Statistic]) -> tuple[Floats, list[NDArray[np.intp]]]:
-    """Each distinct column once, as arms share their counts, and where each statistic's are."""
-    found: dict[bytes, int] = {}
-    kept: list[Floats] = []
-    places: list[NDArray[np.intp]] = []
-    for statistic in statistics:
-        own = []
-        for column in statistic.columns.T:
-            index = found.setdefault(column.tobytes(), len(kept))
-            if index == len(kept):
-                kept.append(column)
-            own.append(index)
-        places.append(np.array(own, dtype=np.intp))
-    return np.stack(kept, axis=1), places
+@dataclass(frozen=True)
+class _Pool:
+    """Each distinct column once, as arms share their counts and differences the columns of arms.
+
+    Attributes:
+        statistics: Make the columns.
+        users: Number of users.
+        sources: Of each distinct column, the statistic that makes it, and which of its columns it is.
+        places: Of each statistic, which distinct columns are its own.
+        points: The number of each statistic over the users as they are; NaN where there is none.
+    """
+
+    statistics: Sequence[Statistic]
+    users: int
+    sources: Sequence[tuple[int, int]]
+    places: Sequence[NDArray[np.intp]]
+    points: Sequence[float]
+
+    @classmethod
+    def of(cls, statistics: Sequence[Statistic], users: int) -> "_Pool":
+        """Makes each statistic's columns once, and keeps none."""
+        found: dict[bytes, tuple[int, int, int]] = {}
+        places, points = [], []
+        for number, statistic in enumerate(statistics):
+            columns = statistic.columns()
+            if len(columns) != users:
+                raise DataError(f"a statistic of {len(columns)} users, not {users}: give all")
+            points.append(float(statistic.combine(columns.sum(axis=0))) if users else np.nan)
+            own = [
+                found.setdefault(_digest(column), (len(found), number, which))[0]
+                for which, column in enumerate(columns.T)
+            ]
+            places.append(np.array(own, dtype=np.intp))
+        sources = [(number, which) for _, number, which in found.values()]
+        return cls(statistics, users, sources, places, points)
+
+    def blocks(self) -> Iterator[tuple[slice, Floats]]:
+        """The distinct columns, (users, some) float64, a block at a time.
+
+        Row by row in memory: the order in which einsum adds depends on it, and so do the last bits.
+        """
+        for some in _blocks(len(self.sources), self.users):
+            wanted: dict[int, list[int]] = {}
+            for number, which in self.sources[some]:
+                wanted.setdefault(number, []).append(which)
+            made = [self.statistics[number].columns()[:, own] for number, own in wanted.items()]
+            yield some, np.ascontiguousarray(np.concatenate(made, axis=1))
+
+
+def _digest(column: Floats) -> bytes:
+    return hashlib.sha256(column.tobytes()).digest()
+
+
+def _blocks(total: int, users: int) -> list[slice]:
+    """Cuts rows or columns of so many users into blocks that are held at once.
+
+    All but equal: a block of one would be added up in another order than it is within others.
+    """
+    parts = -(-total // max(8, HELD // max(users, 1)))
+    ends = [total * part // parts for part in range(parts + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 def _groups(strata: Sequence[object]) -> list[NDArray[np.intp]]:
@@ -153,13 +192,29 @@ def _groups(strata: Sequence[object]) -> list[NDArray[np.intp]]:
     return [np.array(indices, dtype=np.intp) for indices in members.values()]
 
 
-def _weights(groups: list[NDArray[np.intp]], size: int, generator: np.random.Generator) -> Floats:
+def _counts(
+    groups: Sequence[NDArray[np.intp]], size: int, stream: np.random.Generator
+) -> NDArray[np.unsignedinteger]:
     """How often each user is drawn, (size, users): a multinomial within each stratum."""
-    weights = np.zeros((size, sum(len(group) for group in groups)))
+    users = sum(len(group) for group in groups)
+    counts = np.zeros((size, users), np.min_scalar_type(users))
     for group in groups:
         even = np.full(len(group), 1 / len(group))
-        weights[:, group] = generator.multinomial(len(group), even, size=size)
-    return weights
+        for rows in _blocks(size, len(group)):
+            drawn = stream.multinomial(len(group), even, size=rows.stop - rows.start)
+            counts[rows, group] = drawn
+    return counts
+
+
+def _resampled(pool: _Pool, counts: NDArray[np.unsignedinteger]) -> Floats:
+    """Sums of the distinct columns over the users of each resample, (size, columns) float64."""
+    sums = np.empty((len(counts), len(pool.sources)))
+    for some, columns in pool.blocks():
+        for rows in _blocks(len(counts), pool.users):
+            # einsum adds in a fixed order, whatever the number of BLAS threads: the same bytes.
+            weights = counts[rows].astype(np.float64)
+            sums[rows, some] = np.einsum("ru,uc->rc", weights, columns)
+    return sums
 
 
 def _estimate(point: float, draws: Floats, confidence: float) -> Estimate:
@@ -196,9 +251,9 @@ class UserComparison:
     p_value: float | None
 
 
-def compare_users(gains: Sequence[float | None]) -> UserComparison | None:
+def compare_users(gains: Column) -> UserComparison | None:
     """Describes the gains of the users that have one; None if nobody has."""
-    known = np.array([gain for gain in gains if gain is not None])
+    known = gains.values[gains.known]
     if not known.size:
         return None
     tenth, median = np.quantile(known, [0.1, 0.5])

@@ -8,7 +8,7 @@ whatever the metric. A metric that an arm cannot have is a null row; a control t
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from fedoppu.simulations.statistics import (
     UserComparison,
     bootstrap,
     compare_users,
-    gains,
     holm,
 )
 
@@ -76,7 +75,7 @@ class Comparison:
         arm: The difference, for example personal-shared.
         metric: Its name.
         users: Shares helped and harmed, percentiles, signed-rank test.
-        gains: Of each user, positive where left is better.
+        gains: Makes the gain of each user, positive where left is better.
         adjusted: The test's p-value after Holm's adjustment over tasks.
     """
 
@@ -86,7 +85,7 @@ class Comparison:
     arm: str
     metric: str
     users: UserComparison
-    gains: Mapping[Unit, float] = field(repr=False)
+    gains: Callable[[], Mapping[Unit, float]] = field(repr=False)
     adjusted: float | None = None
 
 
@@ -152,7 +151,7 @@ def _rows(panel: Panel, settings: BootstrapSettings) -> list[Row]:
 
 def _arm(panel: Panel, key: Key, metric: Metric) -> tuple[Row, Statistic]:
     counted = panel.counted(key, metric)
-    row = _row(panel, key, metric, users=len(counted), queries=panel.queries(key, counted))
+    row = _row(panel, key, metric, users=int(counted.sum()), queries=panel.queries(key, counted))
     return row, panel.mean(key, metric)
 
 
@@ -161,11 +160,11 @@ def _difference(
 ) -> tuple[Row, Statistic] | None:
     """The gain over the users that have both; None if a side that applies lacks the metric."""
     statistic, counted = panel.gain(left, right, metric)
-    if not counted and panel.arms[left] and panel.arms[right]:
+    if not counted.any() and len(panel.arms[left]) and len(panel.arms[right]):
         return None
     name: Key = (difference_name(left, right), None)
     queries = panel.queries(left, counted)
-    return _row(panel, name, metric, users=len(counted), queries=queries), statistic
+    return _row(panel, name, metric, users=int(counted.sum()), queries=queries), statistic
 
 
 def _row(panel: Panel, key: Key, metric: Metric, *, users: int, queries: int) -> Row:
@@ -198,15 +197,19 @@ def _comparisons(panel: Panel) -> list[Comparison]:
 
 
 def _comparison(panel: Panel, left: Key, right: Key, *, metric: Metric) -> list[Comparison]:
-    pairs = panel.values(left, metric), panel.values(right, metric)
-    each = gains(*pairs, sign=metric.sign)
-    users = compare_users(each)
+    users = compare_users(panel.gains(left, right, metric))
     if users is None:
         return []
-    known = {unit: gain for unit, gain in zip(panel.units, each, strict=True) if gain is not None}
+
+    def each() -> dict[Unit, float]:
+        """Made when it is asked for: all comparisons' together are many times the scores."""
+        gains = panel.gains(left, right, metric)
+        known = zip(panel.units, gains.values.tolist(), gains.known.tolist(), strict=True)
+        return {unit: gain for unit, gain, has in known if has}
+
     name = difference_name(left, right)
     place = (panel.task, panel.k, panel.profile, name, metric.name)
-    return [Comparison(*place, users, known)]
+    return [Comparison(*place, users, each)]
 
 
 def _adjusted(found: Sequence[Comparison]) -> tuple[Comparison, ...]:

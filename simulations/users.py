@@ -5,8 +5,9 @@ that it depends on, so every process of a run, and every engine, finds the same 
 """
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedoppu.client.importers.lamp import LampUser, read_lamp
@@ -18,6 +19,7 @@ from fedoppu.simulations.population import stream_users
 from fedoppu.simulations.virtual_users import VirtualUsers, write_users
 
 FACTS = "facts.json"
+ORACLE = "oracle.jsonl"
 HUGE = 500_000_000  # bytes: of larger files only the first records are read
 RECORDS_A_USER = 4  # read of such a file for each user that is wanted
 
@@ -30,7 +32,7 @@ class PreparedUsers:
         folder: Where they are.
         target: Ids of the users who get personal adapters and are scored.
         base: Ids of the users who train the shared adapter; a member is an index into it.
-        oracle: (user, query): answer of an oracle that knows the preferences; empty on data.
+        oracle: Knows the preferences of target users; None on data.
         recalled: On data, number of queries whose text is also in a base user's history.
         recalled_from_queries: Further ones, whose text is in a base user's query only.
         notes: On data, what was left out, for people: records that are known to be bad, and the
@@ -40,7 +42,7 @@ class PreparedUsers:
     folder: Path
     target: tuple[str, ...]
     base: tuple[str, ...]
-    oracle: Mapping[tuple[str, str], str]
+    oracle: "Oracle | None"
     recalled: int | None = None
     recalled_from_queries: int = 0
     notes: tuple[str, ...] = ()
@@ -60,7 +62,7 @@ def prepare_users(run: RunConfig, *, task: str, seed: int, folder: Path) -> Prep
             _write_imported(run, task, folder)
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     users = VirtualUsers(folder)
-    oracle = {(user, query): answer for user, query, answer in facts["oracle"]}
+    oracle = None if run.data else Oracle.read(folder / ORACLE)
     return PreparedUsers(
         folder,
         users.target,
@@ -72,29 +74,60 @@ def prepare_users(run: RunConfig, *, task: str, seed: int, folder: Path) -> Prep
     )
 
 
-def history_lengths(users: PreparedUsers, task: str) -> dict[str, int]:
+@dataclass(frozen=True)
+class Oracle:
+    """Answers of one who knows the preferences: a line a user in a file, read when it is asked for.
+
+    Attributes:
+        file: Of JSON lines.
+        starts: User: first byte of the line.
+    """
+
+    file: Path
+    starts: Mapping[str, int] = field(repr=False)
+
+    @classmethod
+    def read(cls, file: Path) -> "Oracle":
+        """Looks where each user's line begins."""
+        starts: dict[str, int] = {}
+        place = 0
+        with file.open("rb") as lines:
+            for line in lines:
+                starts[sys.intern(json.loads(line)["user"])] = place
+                place += len(line)
+        return cls(file, starts)
+
+    def answers(self, user: str) -> Mapping[str, str]:
+        """A user's true answer to each query."""
+        with self.file.open("rb") as lines:
+            lines.seek(self.starts[user])
+            answers: dict[str, str] = json.loads(lines.readline())["answers"]
+            return answers
+
+
+def history_lengths(users: PreparedUsers) -> dict[str, int]:
     """Number of items in each target user's own history."""
     vaults = VirtualUsers(users.folder)
-    return {
-        user: sum(item.kind == task for item in vaults.vault(user).history())
-        for user in users.target
-    }
+    return {user: vaults.length(user) for user in users.target}
 
 
 def _write_generated(run: RunConfig, task: str, seed: int, folder: Path) -> None:
-    """One user at a time: of each, only the true answers of the queries are kept."""
-    oracle: list[tuple[str, str, str]] = []
+    """One user at a time; nothing is held of the others."""
 
-    def drawn(role: str, count: int) -> Iterator[LampUser]:
-        users = stream_users(
+    def drawn(role: str, count: int) -> Iterator[tuple[LampUser, dict[str, str]]]:
+        return stream_users(
             task, role, count=count, population=run.population, seed=seed, queries=run.queries
         )
-        for user, truths in users:
-            oracle.extend((user.user_id, query, truth) for query, truth in truths.items())
-            yield user
 
-    write_users(folder, drawn("target", run.users), drawn("base", run.base_users))
-    _write_facts(folder, oracle=sorted(oracle))
+    def targets() -> Iterator[LampUser]:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ORACLE).open("w", encoding="utf-8") as stream:
+            for user, truths in drawn("target", run.users):
+                stream.write(json.dumps({"user": user.user_id, "answers": truths}) + "\n")
+                yield user
+
+    write_users(folder, targets(), (user for user, _ in drawn("base", run.base_users)))
+    _write_facts(folder)
 
 
 def _write_imported(run: RunConfig, task: str, folder: Path) -> None:
@@ -136,14 +169,12 @@ def _require_users(users: tuple[LampUser, ...], least: int, role: str, run: RunC
 def _write_facts(
     folder: Path,
     *,
-    oracle: Sequence[Sequence[str]] = (),
     recalled: int | None = None,
     recalled_from_queries: int = 0,
     notes: Sequence[str] = (),
 ) -> None:
     """Written last: it vouches for the users beside it."""
     facts = {
-        "oracle": oracle,
         "recalled": recalled,
         "recalled_from_queries": recalled_from_queries,
         "notes": notes,

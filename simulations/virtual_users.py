@@ -5,24 +5,28 @@ and kept by nobody. For simulations only: everything is in clear on the research
 has an encrypted vault.
 
     users.jsonl             one user a line
-    users.index.json        role: [[user id, first byte, bytes], ...]; written last, so that it
-    vouches for the other adapters/{user}/{name}  adapters that were saved through a vault
+    users.index.json        role: [[user id, first byte, bytes, items], ...]; written last, so that it
+                            vouches for the other
+    adapters/{user}/{name}  adapters that were saved through a vault
     state/{user}/{key}      protocol state, where it is kept in files
 """
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
 from fedoppu.client.importers.lamp import LampUser
 from fedoppu.client.vault import AdapterStore, HistoryItem, Outbox, StateStore
 from fedoppu.common.adapter_files import load_adapter, save_adapter
 from fedoppu.common.adapters import Adapter
-from fedoppu.common.commit import commit_file
+from fedoppu.common.commit import commit_file, fsync, naming
 from fedoppu.common.errors import DataError
 
 USERS = "users.jsonl"
@@ -44,8 +48,8 @@ def write_users(folder: Path, target: Iterable[LampUser], base: Iterable[LampUse
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)
     seen: set[str] = set()
-    index: dict[str, list[tuple[str, int, int]]] = {}
-    with (folder / USERS).open("wb") as stream:
+    index: dict[str, list[tuple[str, int, int, int]]] = {}
+    with naming(folder / USERS), (folder / USERS).open("wb") as stream:
         for role, users in (("target", target), ("base", base)):
             index[role] = []
             for user in users:
@@ -54,7 +58,8 @@ def write_users(folder: Path, target: Iterable[LampUser], base: Iterable[LampUse
                 seen.add(user.user_id)
                 start, line = stream.tell(), _line(user)
                 stream.write(line)
-                index[role].append((user.user_id, start, len(line)))
+                index[role].append((user.user_id, start, len(line), len(user.history)))
+    fsync(folder / USERS)
     commit_file(folder / INDEX, json.dumps(index).encode())
 
 
@@ -87,11 +92,12 @@ class VirtualUsers:
         self._base_name = base_name
         self._state_in_files = state_in_files
         roles = _read_index(folder)
-        self._places: Mapping[str, Place] = {
-            user: (start, size) for users in roles.values() for user, start, size in users
-        }
-        self.target: tuple[str, ...] = tuple(user for user, _, _ in roles["target"])
-        self.base: tuple[str, ...] = tuple(user for user, _, _ in roles["base"])
+        rows = [row for users in roles.values() for row in users]
+        # ten thousand users are held by several processes: numbers lie in one array
+        self._numbers = np.array([numbers for _, *numbers in rows], dtype=np.int64).reshape(-1, 3)
+        self._row: Mapping[str, int] = {user: row for row, (user, *_) in enumerate(rows)}
+        self.target: tuple[str, ...] = tuple(user for user, *_ in roles["target"])
+        self.base: tuple[str, ...] = tuple(user for user, *_ in roles["base"])
 
     def vault(self, user_id: str) -> "VirtualVault":
         """The vault of a user; nothing is read yet.
@@ -99,26 +105,31 @@ class VirtualUsers:
         Raises:
             DataError: There is no such user.
         """
-        if user_id not in self._places:
+        if user_id not in self._row:
             raise DataError(f"{self._folder} has no user {user_id}")
+        start, size, _ = self._numbers[self._row[user_id]].tolist()
         own = quote(user_id, safe="")
         files = FileState(self._folder / "state" / own) if self._state_in_files else None
         sent = self._folder / "state" / own / "outbox.jsonl"
         return VirtualVault(
             user_id,
             self._folder / USERS,
-            self._places[user_id],
+            (start, size),
             adapters=AdapterFolder(self._folder / "adapters" / own, self._base_name),
             state=files or MemoryState(),
             outbox=FileOutbox(sent) if files else MemoryOutbox(),
         )
 
+    def length(self, user_id: str) -> int:
+        """Number of items in a user's own history."""
+        return int(self._numbers[self._row[user_id], 2])
 
-def _read_index(folder: Path) -> dict[str, list[tuple[str, int, int]]]:
+
+def _read_index(folder: Path) -> dict[str, list[tuple[str, int, int, int]]]:
     try:
         roles = json.loads((folder / INDEX).read_bytes())
         return {
-            role: [(str(u), int(a), int(n)) for u, a, n in roles[role]]
+            role: [(sys.intern(u), int(a), int(n), int(h)) for u, a, n, h in roles[role]]
             for role in ("target", "base")
         }
     except FileNotFoundError:

@@ -107,7 +107,7 @@ def test_plan_that_does_not_fit_is_refused_and_named(
 
 
 def context(made: Federation, member: int) -> Any:
-    return made.grid._nodes[node_id(member)].context
+    return made.grid.node(node_id(member)).context
 
 
 def test_malformed_message_is_refused_with_stage_and_field(tmp_path: Path) -> None:

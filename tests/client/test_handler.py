@@ -70,7 +70,7 @@ def sealed_training(made: Federation, plan: RoundPlan | None = None) -> RecordDi
 
 def handler_of(made: Federation, member: int = 0) -> Handler:
     """A handler as the app makes one for each message."""
-    context = made.grid._nodes[node_id(member)].context
+    context = made.grid.node(node_id(member)).context
     return Handler(made.users.member(context))
 
 

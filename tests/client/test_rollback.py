@@ -123,7 +123,7 @@ def test_where_it_counts_as_corrupt_no_second_set_finds_its_quorum() -> None:
 
 def test_rolled_back_vault_opens_a_round_again_that_it_answered(tmp_path: Path) -> None:
     made = federation(tmp_path, replace(CONFIG, rounds=1, cohort=8))
-    member = made.users.member(made.grid._nodes[node_id(0)].context)
+    member = made.users.member(made.grid.node(node_id(0)).context)
     backup = deepcopy(member.state)
     made.run()
     opening = Opening(RoundOpened(plan_for(made, attempt=1)), made.config.canonical())

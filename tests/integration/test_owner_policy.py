@@ -40,7 +40,7 @@ def nothing(member: int, plan: RoundPlan) -> LocalUpdate:
 
 def test_owner_who_consented_to_one_config_takes_no_other(tmp_path: Path) -> None:
     made = federation(tmp_path)
-    member = made.users.member(made.grid._nodes[node_id(0)].context)
+    member = made.users.member(made.grid.node(node_id(0)).context)
     policy = replace(SIMULATION, config_hash=made.config.hash().hex())
     handler = Handler(replace(member, policy=policy))
     other: FederationConfig = replace(CONFIG, k=3)
@@ -52,7 +52,7 @@ def test_owner_who_consented_to_one_config_takes_no_other(tmp_path: Path) -> Non
     handler.answer("query.keys", opening(made))
     assert handler.seat.config == made.config.canonical()
     # without consent beforehand the first that comes is pinned: trust on first use
-    control = made.users.member(made.grid._nodes[node_id(1)].context)
+    control = made.users.member(made.grid.node(node_id(1)).context)
     Handler(control).answer("query.keys", request)
 
 
@@ -73,7 +73,7 @@ def test_members_answer_one_round_from_a_model_and_then_sit_out(tmp_path: Path) 
 def test_server_that_asks_again_from_one_model_is_refused(tmp_path: Path) -> None:
     made = federation(tmp_path, replace(CONFIG, rounds=1, cohort=8), executor=FakeExecutor(nothing))
     made.run()
-    member = made.users.member(made.grid._nodes[node_id(0)].context)
+    member = made.users.member(made.grid.node(node_id(0)).context)
     plan = plan_for(made, number=2)
     request = write_request(Opening(RoundOpened(plan), made.config.canonical()))
     with pytest.raises(RefusedByPolicy, match="in round 1 of this run; two sums from one model"):

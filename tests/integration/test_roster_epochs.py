@@ -41,11 +41,12 @@ class Growing:
         thresholds = replace(CONFIG.thresholds, corrupt=1)
         config = replace(CONFIG, cohort=9, rounds=9, thresholds=thresholds)
         self.made: Federation = federation(folder, config, members=9, replays=False)
-        known, member = self.made.members.identities, self.made.users.member
+        identity, member = self.made.members.identity, self.made.users.member
+        known = [identity(index) for index in range(len(self.made.members.roster))]
         monkeypatch.setattr(
             self.made.users, "member", lambda context: replace(member(context), policy=POLICY)
         )
-        self.epoch = found(AUTHORITY, [identity.enrolled for identity in known[:8]])
+        self.epoch = found(AUTHORITY, [one.enrolled for one in known[:8]])
         for index in FOUNDERS:
             Enrolment(self.member(index).state).begin(self.epoch, self.epoch.digest.hex())
         self.newcomer = known[8].enrolled.identity
@@ -53,7 +54,7 @@ class Growing:
         self.run_id = self.made.runtime.run_id
 
     def member(self, index: int) -> SimulatedMember:
-        return self.made.users.member(self.made.grid._nodes[node_id(index)].context)
+        return self.made.users.member(self.made.grid.node(node_id(index)).context)
 
     def exchanger(self, members: Sequence[int]) -> Exchanger:
         nodes = {index: node_id(index) for index in members}
@@ -151,7 +152,7 @@ def test_announcement_in_the_middle_of_an_attempt_disturbs_nothing(
 
 def test_member_without_epochs_answers_no_announcement(tmp_path: Path) -> None:
     made = federation(tmp_path)
-    member = made.users.member(made.grid._nodes[node_id(0)].context)
+    member = made.users.member(made.grid.node(node_id(0)).context)
     epoch = found(AUTHORITY, made.runtime.roster.members)
     with pytest.raises(RefusedByPolicy, match="pinned a roster that has no epochs"):
         Handler(member).answer(ROSTER, write_request(EpochAnnounced(epoch)))

@@ -9,10 +9,10 @@ from fedoppu.common.errors import DataError
 from fedoppu.common.randomness import Randomness
 from fedoppu.simulations.baselines import (
     OwnHistory,
+    Pool,
     label_shift,
     majority,
     majority_answer,
-    population_items,
     prior_shift,
     wrong_users,
 )
@@ -102,13 +102,16 @@ def test_prior_shift_is_empty_for_generation() -> None:
     assert prior_shift([text], {}, ()) == ()
 
 
+def all_wrong(users: list[str], seed: int) -> dict[str, tuple[str, ...]]:
+    others = wrong_users(users, 3, randomness=Randomness.from_seed(seed))
+    assert others is not None
+    return {user: others(user) for user in users}
+
+
 @given(st.integers(4, 12), st.integers(0, 5))
 def test_wrong_users_are_distinct_others(count: int, seed: int) -> None:
     users = [f"u{i}" for i in range(count)]
-    assigned = wrong_users(users, 3, randomness=Randomness.from_seed(seed))
-    assert assigned is not None
-    assert set(assigned) == set(users)
-    for user, others in assigned.items():
+    for user, others in all_wrong(users, seed).items():
         assert len(set(others)) == 3
         assert user not in others
         assert set(others) <= set(users)
@@ -116,9 +119,9 @@ def test_wrong_users_are_distinct_others(count: int, seed: int) -> None:
 
 def test_wrong_users_depend_on_the_seed_and_not_on_the_order() -> None:
     users = [f"u{i}" for i in range(20)]
-    first = wrong_users(users, 3, randomness=ROOT)
-    assert first == wrong_users(users[::-1], 3, randomness=ROOT)
-    assert first != wrong_users(users, 3, randomness=Randomness.from_seed(4))
+    first = all_wrong(users, 3)
+    assert first == all_wrong(users[::-1], 3)
+    assert first != all_wrong(users, 4)
 
 
 def test_the_control_is_null_with_fewer_than_four_users() -> None:
@@ -131,23 +134,30 @@ def test_a_user_named_twice_is_refused() -> None:
         wrong_users(["a", "a", "b", "c", "d"], 3, randomness=ROOT)
 
 
-@given(
-    st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 9), min_size=1), st.integers(0, 30)
-)
-def test_pooled_items_are_distinct_items_of_others(sizes: dict[str, int], amount: int) -> None:
-    drawn = population_items(sizes, "a", amount, randomness=ROOT)
-    available = sum(size for user, size in sizes.items() if user != "a")
-    assert len(set(drawn)) == len(drawn) == min(amount, available)
-    assert all(user != "a" and 0 <= item < sizes[user] for user, item in drawn)
-    assert list(drawn) == sorted(drawn)
+@given(st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 9)), st.integers(0, 30))
+def test_pooled_items_are_drawn_from_the_items_of_the_others(
+    sizes: dict[str, int], newest: int
+) -> None:
+    sizes = {"c": 4} | sizes
+    drawn = Pool(sizes, ROOT).items("c", newest)
+    others = [(user, item) for user in sorted(sizes) if user != "c" for item in range(sizes[user])]
+    amount = min(sizes["c"], newest or 9, len(others))
+    chosen = ROOT.stream("population", "c").choice(len(others), amount, replace=False)
+    assert list(drawn) == [others[index] for index in sorted(chosen)]
+
+
+@pytest.mark.parametrize(("newest", "amount"), [(0, 9), (5, 5), (100, 9)])
+def test_as_many_items_are_pooled_as_the_own_adapter_is_trained_on(
+    newest: int, amount: int
+) -> None:
+    assert len(Pool({"a": 9, "b": 30, "c": 30}, ROOT).items("a", newest)) == amount
 
 
 def test_pooled_items_come_from_every_user_in_proportion() -> None:
-    sizes = {"me": 5, "small": 100, "large": 300}
-    drawn = population_items(sizes, "me", 200, randomness=ROOT)
+    drawn = Pool({"me": 200, "small": 100, "large": 300}, ROOT).items("me", 0)
     assert 35 <= sum(user == "small" for user, _ in drawn) <= 65  # 50 expected
 
 
 def test_all_items_of_the_others_are_drawn_if_asked_for() -> None:
-    drawn = population_items({"me": 9, "x": 2, "empty": 0, "y": 1}, "me", 9, randomness=ROOT)
+    drawn = Pool({"me": 9, "x": 2, "empty": 0, "y": 1}, ROOT).items("me", 9)
     assert drawn == (("x", 0), ("x", 1), ("y", 0))

@@ -24,7 +24,7 @@ from fedoppu.simulations.personal import (
     train_group,
 )
 from fedoppu.simulations.scores import QueryResult, labelled_result
-from fedoppu.simulations.users import PreparedUsers
+from fedoppu.simulations.users import Oracle, PreparedUsers
 from tests.small_run import lines
 
 QUIET = Console(progress=False, table=False)
@@ -81,8 +81,11 @@ def result(user: str, column: tuple[str, int | None]) -> QueryResult:
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluation:
-    monkeypatch.setattr(evaluation, "history_lengths", lambda users, task: LENGTHS)
-    users = PreparedUsers(tmp_path / "users", tuple(LENGTHS), (), {(u, "q"): "5" for u in LENGTHS})
+    monkeypatch.setattr(evaluation, "history_lengths", lambda users: LENGTHS)
+    known = "".join(f'{{"user": "{user}", "answers": {{"q": "5"}}}}\n' for user in LENGTHS)
+    (tmp_path / "oracle.jsonl").write_text(known)
+    oracle = Oracle.read(tmp_path / "oracle.jsonl")
+    users = PreparedUsers(tmp_path / "users", tuple(LENGTHS), (), oracle)
     return Evaluation(
         run=load_run_config(["group_users=3"]),
         task=TASK,
@@ -164,12 +167,12 @@ def test_without_labels_in_the_histories_there_is_no_prior_to_shift(work: Evalua
                 yield found
 
     arms = {arm.arm: arm for arm in evaluate(work, NoLabels(), QUIET) if arm.control is None}
-    assert arms["prior_shift"].users == arms["majority"].users == ()
+    assert len(arms["prior_shift"].users) == len(arms["majority"].users) == 0
     assert len(arms["shared"].users) == len(LENGTHS)
 
 
 def test_on_data_there_is_no_oracle(work: Evaluation) -> None:
-    on_data = replace(work, users=replace(work.users, oracle={}))
+    on_data = replace(work, users=replace(work.users, oracle=None))
     assert "oracle" not in {arm.arm for arm in evaluate(on_data, FakeExecutor(), QUIET)}
 
 
@@ -200,7 +203,7 @@ def test_fewer_users_than_wrong_users_need_leave_the_control_empty(work: Evaluat
     arms = evaluate(few, executor, QUIET)
     assert {len(group.wrong) for group in executor.scored} == {0}
     (control,) = [arm for arm in arms if arm.control]
-    assert control.users == ()
+    assert len(control.users) == 0
 
 
 def test_what_was_trained_is_written_down(work: Evaluation) -> None:

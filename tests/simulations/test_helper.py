@@ -78,7 +78,7 @@ def trained(folder: Path, base: Path, *changes: str) -> Any:
     server = simulated_server(
         members, folder / "rounds", progress=lambda *_: None, warn=lambda line: None
     )
-    run_rounds(server, LocalGrid(build_client_app(users), len(members.identities), users))
+    run_rounds(server, LocalGrid(build_client_app(users), len(members.roster), users))
     latest = server.checkpoints.latest()
     assert latest is not None
     return latest.adapter.spec.flatten(latest.adapter.tensors, ("B",))

@@ -15,11 +15,10 @@ from fedoppu.common.adapters import Adapter, AdapterSpec
 from fedoppu.common.config import load_run_config
 from fedoppu.common.defaults import federation, personal_settings, personal_spec
 from fedoppu.common.errors import AdapterError, ClientFailed
-from fedoppu.common.randomness import Randomness
+from fedoppu.simulations.baselines import Pool
 from fedoppu.simulations.personal import (
     ScoreGroup,
     TrainGroup,
-    pooled_items,
     score_group,
     train_group,
     worker_history,
@@ -77,7 +76,8 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     shared = random_adapter(worker.shared_spec, 1)
     save_adapter(home / "shared", shared, base_name="pocket")
     sizes = {user: len(worker_history(worker, user)[0]) for user in TARGETS}
-    pooled = pooled_items(sizes, TARGETS, newest=4, randomness=worker.randomness)
+    pool = Pool(sizes, worker.randomness)
+    pooled = {user: pool.items(user, 4) for user in TARGETS}
     group = TrainGroup(
         TARGETS, ("local", "population", "personal"), home / "shared", home / "adapters", pooled
     )
@@ -293,16 +293,3 @@ def test_items_without_labels_say_nothing_about_the_labels_of_queries(tmp_path: 
     save_adapter(tmp_path / "shared", random_adapter(worker.shared_spec, 1), base_name="pocket")
     group = ScoreGroup(TARGETS[:1], ("shared",), tmp_path / "shared", tmp_path, {})
     assert score_group(worker, group).histories == {}
-
-
-# --- the population arm's draw ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("newest", "amount"), [(0, 9), (5, 5), (100, 9)])
-def test_as_many_items_are_pooled_as_the_own_adapter_is_trained_on(
-    newest: int, amount: int
-) -> None:
-    sizes = {"a": 9, "b": 30, "c": 30}
-    pooled = pooled_items(sizes, ["a"], newest=newest, randomness=Randomness.from_seed(0))
-    assert len(pooled["a"]) == amount
-    assert all(owner != "a" and 0 <= index < 30 for owner, index in pooled["a"])

@@ -12,6 +12,7 @@ import pytest
 
 from fedoppu.common.randomness import Randomness
 from fedoppu.simulations import figures
+from fedoppu.simulations.columns import UserColumns, columns_of
 from fedoppu.simulations.panels import ArmScores, Unit
 from fedoppu.simulations.report import render, size, write_report
 from fedoppu.simulations.report_data import (
@@ -32,14 +33,14 @@ from fedoppu.simulations.table import Row, Table, build_table
 VOID = {"meta", "br", "link", "img"}
 
 
-def users(level: float) -> tuple[UserScores, ...]:
+def users(level: float) -> UserColumns:
     values = np.random.default_rng(0).normal(scale=0.05, size=8) + level
     sums = {
         "accuracy_official": np.array([[4.0, 8.0]]),
         "macro_f1": np.ones((1, 9)),
         "parse_failures": np.array([[0.0, 8.0]]),
     }
-    return tuple(
+    return columns_of(
         UserScores(f"u{i}", 8, {"accuracy": v, "content_gain": v - 0.2, "loss": 1 - v}, sums)
         for i, v in enumerate(values.tolist())
     )

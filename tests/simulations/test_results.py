@@ -9,6 +9,7 @@ import pytest
 from fedoppu.client.model import resolve_base
 from fedoppu.common.config import RunConfig, load_run_config
 from fedoppu.common.defaults import federation
+from fedoppu.simulations.columns import columns_of
 from fedoppu.simulations.evaluation import Arm
 from fedoppu.simulations.results import (
     FederationResult,
@@ -38,12 +39,12 @@ def result(run: RunConfig, users: PreparedUsers, seed: int = 0) -> FederationRes
     base = resolve_base("pocket")
     config = federation(run, base, task="LaMP_3", k=0, profile="none", base_users=3, seed=seed)
     phase = SharedPhase(run, base, config, seed, users, Path("run"))
-    scored = tuple(UserScores(user, 5, {}, {}) for user in users.target)
+    scored = columns_of(UserScores(user, 5, {}, {}) for user in users.target)
     lengths = dict.fromkeys(users.target, 12)
     return FederationResult(phase, (ROUND,), (SPENT,), (Arm("base", None, scored),), lengths)
 
 
-GENERATED = PreparedUsers(Path("users"), ("t0", "t1"), ("b0", "b1", "b2"), {("t0", "q"): "2"})
+GENERATED = PreparedUsers(Path("users"), ("t0", "t1"), ("b0", "b1", "b2"), None)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_the_report_is_told_of_rounds_costs_and_lengths() -> None:
 
 def test_on_data_recall_is_counted_once_a_task_whatever_the_seeds() -> None:
     run = load_run_config(["data=folder", "seeds=2"])
-    users = replace(GENERATED, oracle={}, recalled=3, recalled_from_queries=2)
+    users = replace(GENERATED, recalled=3, recalled_from_queries=2)
     data = report_data(run, Table(()), [result(run, users, seed) for seed in (0, 1)])
     assert not data.generated
     assert [(one.task, one.queries, one.seen, one.asked) for one in data.recalls] == [

@@ -215,7 +215,7 @@ def test_drops_come_after_training_at_their_rate_and_are_the_same_for_a_seed(
     plan = RoundPlan("ab", 1, 0, "", "", "", 1, "B", 1.0, 1.0, 32, 16, 1, 1, 1, 1, 1)
 
     def dropping(stage: Any, number: int) -> list[int]:
-        contexts = [node.context for node in made.grid._nodes.values()]
+        contexts = [made.grid.node(node).context for node in made.grid.get_node_ids()]
         members = [made.users.member(context) for context in contexts]
         return [m.index for m in members if m.drops(stage, replace(plan, round=number))]
 

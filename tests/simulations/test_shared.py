@@ -32,7 +32,7 @@ def phase(folder: Path, *changes: str, members: int = 6) -> SharedPhase:
         run, base, task="LaMP_3", k=0, profile="none", base_users=members, seed=run.seed
     )
     names = tuple(f"base-{member}" for member in range(members))
-    users = PreparedUsers(folder / "users", ("target-0",), names, {})
+    users = PreparedUsers(folder / "users", ("target-0",), names, None)
     return SharedPhase(run, base, config, run.seed, users, folder)
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from fedoppu.common.errors import DataError, UsageError
 from fedoppu.common.randomness import Randomness
+from fedoppu.simulations import statistics
+from fedoppu.simulations.columns import Column
 from fedoppu.simulations.metrics import root_ratio
 from fedoppu.simulations.statistics import (
     CHUNK,
@@ -18,7 +20,7 @@ from fedoppu.simulations.statistics import (
     Statistic,
     bootstrap,
     compare_users,
-    gain_of,
+    gains,
     holm,
     mean_of,
     signed_rank,
@@ -28,15 +30,23 @@ ROOT = Randomness.from_seed(0)
 FAST = BootstrapSettings(ROOT, resamples=2000)
 
 
+def mean(values: Sequence[float | None]) -> Statistic:
+    return mean_of(Column.of(values))
+
+
+def gain(left: Sequence[float | None], right: Sequence[float | None], *, sign: int) -> Statistic:
+    return mean_of(gains(Column.of(left), Column.of(right), sign=sign))
+
+
 def one(values: Sequence[float | None], strata: Sequence[object] | None = None) -> Estimate:
-    return bootstrap([mean_of(values)], strata or [0] * len(values), FAST)[0]
+    return bootstrap([mean(values)], strata or [0] * len(values), FAST)[0]
 
 
 def test_the_interval_is_that_of_all_resamples_of_three_users() -> None:
     values = [0.0, 1.0, 5.0]
     means = [np.mean(draw) for draw in product(values, repeat=3)]
     many = BootstrapSettings(ROOT, resamples=20_000, confidence=0.8)
-    found = bootstrap([mean_of(values)], [0, 0, 0], many)[0]
+    found = bootstrap([mean(values)], [0, 0, 0], many)[0]
     assert found.value == 2.0
     assert (found.low, found.high) == pytest.approx(np.quantile(means, [0.1, 0.9]))
 
@@ -47,7 +57,7 @@ def test_nine_of_ten_intervals_at_90_percent_hold_the_truth() -> None:
     for trial in range(200):
         values = rng.normal(loc=1.0, size=40).tolist()
         quick = BootstrapSettings(Randomness.from_seed(trial), resamples=500, confidence=0.9)
-        found = bootstrap([mean_of(values)], [0] * 40, quick)[0]
+        found = bootstrap([mean(values)], [0] * 40, quick)[0]
         assert found.low is not None
         assert found.high is not None
         held += found.low <= 1.0 <= found.high
@@ -66,12 +76,12 @@ def test_users_are_resampled_within_their_stratum() -> None:
 def test_a_difference_is_paired() -> None:
     left = [0.1, 0.5, 0.9, 0.3]
     right = [value - 0.25 for value in left]
-    found = bootstrap([gain_of(left, right, sign=1)], [0] * 4, FAST)[0]
+    found = bootstrap([gain(left, right, sign=1)], [0] * 4, FAST)[0]
     assert (found.value, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
 
 
 def test_a_gain_is_positive_where_lower_is_better_and_left_is_lower() -> None:
-    found = bootstrap([gain_of([0.5, 0.5], [1.0, 2.0], sign=-1)], [0, 0], FAST)[0]
+    found = bootstrap([gain([0.5, 0.5], [1.0, 2.0], sign=-1)], [0, 0], FAST)[0]
     assert found.value == 1.0
     assert found.low is not None
     assert found.low > 0
@@ -79,7 +89,7 @@ def test_a_gain_is_positive_where_lower_is_better_and_left_is_lower() -> None:
 
 def test_users_without_a_score_are_left_out() -> None:
     assert one([1.0, None, 3.0]).value == 2.0
-    found = bootstrap([gain_of([1.0, None, 4.0], [0.0, 1.0, None], sign=1)], [0] * 3, FAST)[0]
+    found = bootstrap([gain([1.0, None, 4.0], [0.0, 1.0, None], sign=1)], [0] * 3, FAST)[0]
     assert found.value == 1.0
 
 
@@ -106,7 +116,7 @@ def test_no_statistics_give_no_estimates() -> None:
 
 def test_a_function_of_sums_is_resampled_with_its_users() -> None:
     squares = np.array([[4.0, 1.0], [16.0, 1.0], [1.0, 1.0]])
-    found = bootstrap([Statistic(squares, root_ratio)], [0] * 3, FAST)[0]
+    found = bootstrap([Statistic(lambda: squares, root_ratio)], [0] * 3, FAST)[0]
     assert found.value == pytest.approx(np.sqrt(7.0))
     assert found.low == pytest.approx(1.0)
     assert found.high == pytest.approx(4.0)
@@ -115,21 +125,32 @@ def test_a_function_of_sums_is_resampled_with_its_users() -> None:
 def test_the_same_seed_gives_the_same_draws_whatever_else_is_asked() -> None:
     rng = np.random.default_rng(1)
     values, others = rng.normal(size=20).tolist(), rng.normal(size=20).tolist()
-    alone = bootstrap([mean_of(values)], [0] * 20, FAST)
-    together = bootstrap([mean_of(others), mean_of(values)], [0] * 20, FAST)
+    alone = bootstrap([mean(values)], [0] * 20, FAST)
+    together = bootstrap([mean(others), mean(values)], [0] * 20, FAST)
     assert alone[0] == together[1]
     other_seed = BootstrapSettings(Randomness.from_seed(1), resamples=2000)
-    assert bootstrap([mean_of(values)], [0] * 20, other_seed) != alone
-    assert bootstrap([mean_of(values)], [0] * 20, FAST, key=("LaMP_3",)) != alone
+    assert bootstrap([mean(values)], [0] * 20, other_seed) != alone
+    assert bootstrap([mean(values)], [0] * 20, FAST, key=("LaMP_3",)) != alone
 
 
 def test_more_resamples_begin_with_the_same_draws() -> None:
     values = np.random.default_rng(2).normal(size=9).tolist()
-    short = bootstrap([mean_of(values)], [0] * 9, BootstrapSettings(ROOT, resamples=CHUNK))
-    again = bootstrap([mean_of(values)], [0] * 9, BootstrapSettings(ROOT, resamples=CHUNK))
-    longer = bootstrap([mean_of(values)], [0] * 9, BootstrapSettings(ROOT, resamples=CHUNK + 1))
+    short = bootstrap([mean(values)], [0] * 9, BootstrapSettings(ROOT, resamples=CHUNK))
+    again = bootstrap([mean(values)], [0] * 9, BootstrapSettings(ROOT, resamples=CHUNK))
+    longer = bootstrap([mean(values)], [0] * 9, BootstrapSettings(ROOT, resamples=CHUNK + 1))
     assert short == again
     assert longer[0].low == pytest.approx(short[0].low, abs=0.02)
+
+
+@pytest.mark.parametrize("held", [1, 900, 3000])
+def test_what_is_held_at_once_changes_no_bit(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    many = [mean(rng.normal(size=60).tolist()) for _ in range(17)]
+    many.append(Statistic(lambda: np.ones((60, 5)), lambda sums: sums[..., 0]))
+    strata = [0] * 23 + [1] * 37
+    whole = bootstrap(many, strata, BootstrapSettings(ROOT, resamples=CHUNK + 33))
+    monkeypatch.setattr(statistics, "HELD", held)  # blocks of 8, of 15 and of 50
+    assert bootstrap(many, strata, BootstrapSettings(ROOT, resamples=CHUNK + 33)) == whole
 
 
 @settings(max_examples=30)
@@ -143,7 +164,7 @@ def test_an_interval_lies_within_the_values(values: list[float]) -> None:
 
 def test_too_few_users_for_the_strata_are_refused() -> None:
     with pytest.raises(DataError, match="a statistic of 1 users, not 2"):
-        bootstrap([mean_of([1.0])], [0, 0], FAST)
+        bootstrap([mean([1.0])], [0, 0], FAST)
 
 
 def test_ranges_of_the_settings_are_checked() -> None:
@@ -154,7 +175,7 @@ def test_ranges_of_the_settings_are_checked() -> None:
 
 
 def test_users_are_helped_harmed_or_neither() -> None:
-    found = compare_users([0.5, 0.25, -0.25, 0.0, None])
+    found = compare_users(Column.of([0.5, 0.25, -0.25, 0.0, None]))
     assert found is not None
     assert (found.users, found.helped, found.harmed) == (4, 0.5, 0.25)
     assert found.tenth == pytest.approx(-0.175)
@@ -162,8 +183,8 @@ def test_users_are_helped_harmed_or_neither() -> None:
 
 
 def test_nobody_to_compare() -> None:
-    assert compare_users([None, None]) is None
-    assert compare_users([]) is None
+    assert compare_users(Column.of([None, None])) is None
+    assert compare_users(Column.of([])) is None
 
 
 def test_signed_rank_is_exact_for_few_users_without_ties() -> None:

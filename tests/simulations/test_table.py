@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fedoppu.common.errors import DataError
 from fedoppu.common.randomness import Randomness
+from fedoppu.simulations.columns import columns_of
 from fedoppu.simulations.panels import ArmScores, Unit
 from fedoppu.simulations.printing import heading, interval, is_clear, number, print_table
 from fedoppu.simulations.scores import (
@@ -84,7 +85,7 @@ def arm(
     task: FakeTask, name: str, users: tuple[UserScores, ...], *, seed: int = 0, **place: str
 ) -> ArmScores:
     return ArmScores(
-        task.name, task.kind, 0, "none", seed, name, users, control=place.get("control")
+        task.name, task.kind, 0, "none", seed, name, columns_of(users), place.get("control")
     )
 
 
@@ -275,7 +276,7 @@ def test_comparisons_tell_who_is_helped_and_adjust_over_tasks() -> None:
     found = [c for c in table.comparisons if (c.arm, c.metric) == ("personal-shared", "loss")]
     assert [one.task for one in found] == ["LaMP_2M", "LaMP_2N"]
     assert found[1].users.helped == 1.0
-    assert Unit("LaMP_2N", 0, "u0") in found[1].gains
+    assert Unit("LaMP_2N", 0, "u0") in found[1].gains()
     assert found[1].users.p_value == pytest.approx(2 / 2**6)
     assert found[1].adjusted is not None
     assert found[1].adjusted > 2 / 2**6
@@ -287,7 +288,7 @@ def test_an_arm_that_is_given_twice_is_refused() -> None:
 
 
 def test_a_task_of_two_kinds_is_refused() -> None:
-    other = ArmScores("LaMP_2N", "rating", 0, "none", 0, "shared", ())
+    other = ArmScores("LaMP_2N", "rating", 0, "none", 0, "shared", columns_of(()))
     with pytest.raises(DataError, match="LaMP_2N is given as classification and rating"):
         build_table([ordinary(NEWS)[0], other], SETTINGS)
 
