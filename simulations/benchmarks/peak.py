@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
 
 from fedoppu.common.cli import run_command
 from fedoppu.simulations.benchmarks.bench import measure
@@ -18,6 +17,7 @@ from fedoppu.simulations.benchmarks.personal_phase import (
     check_options,
     folders_of,
     shapes_of,
+    tell,
 )
 from fedoppu.simulations.benchmarks.personal_settings import even_settings
 
@@ -42,7 +42,7 @@ def benchmark(
     def command() -> dict[str, Any]:
         shapes, folders = shapes_of(shape), folders_of(base or [])
         check_options(json, pairs)
-        settings = even_settings()
+        tell(even_settings())
         # torch is loaded after the threads are set
         from fedoppu.simulations.benchmarks.personal_cases import Shape, Work
         from fedoppu.simulations.benchmarks.personal_peak import GROUP, Scope, peak_rows
@@ -53,7 +53,6 @@ def benchmark(
             pairs=pairs,
             work=Work(4, 4, 0, longest=130) if quick else Work(GROUP, queries=0),
         )
-        Console(stderr=True, highlight=False).print(settings, markup=False, soft_wrap=True)
         return measure(peak_rows(scope), packages=PACKAGES, json=json)
 
     run_command(command, "text")

@@ -20,6 +20,7 @@ from fedoppu.client.batches import MAX_TOKENS, Row, TokenBatch, pad_rows
 from fedoppu.client.engine import Engine, GenericEngine, PaddedPass, Pass, engine_for
 from fedoppu.client.llama import LlamaEngine, PackedPass
 from fedoppu.client.llama_adapters import PackedAdapters
+from fedoppu.client.llama_packing import filled
 from fedoppu.client.model import LoadedBase
 from fedoppu.client.multi_lora import AnyLevel, Outputs, logits_at, only_lora
 from fedoppu.simulations.benchmarks.bench import Row as TableRow
@@ -141,12 +142,8 @@ class WholeLast:
     def losses(self, levels: Sequence[AnyLevel]) -> Tensor:
         """(outputs,) float32 losses of the answer tokens, nats."""
         engine, packed = self.one.engine, self.one.packed
-        every = replace(
-            packed,
-            outputs=np.arange(len(packed.tokens)),
-            output_starts=packed.starts,
-            last=packed.stretches,
-        )
+        whole = filled(packed)
+        every = replace(whole, outputs=np.arange(len(whole.tokens)), last=whole.stretches)
         adapters = PackedAdapters(only_lora(levels), packed.starts)
         hidden = engine.hidden(every, (adapters, adapters), engine._attended(every))
         logits = engine.logits(hidden[torch.from_numpy(packed.outputs)])
@@ -168,10 +165,10 @@ RUNGS: Final[Mapping[str, Callable[[LoadedBase], Engine]]] = {
 def ladder_rows(scope: Scope) -> Iterator[TableRow]:
     """All shapes: each rung beside the one before it."""
     for case in scope.cases():
-        yield from _climb(case, scope.pairs)
+        yield from _climb(case, scope)
 
 
-def _climb(case: Case, pairs: int) -> Iterator[TableRow]:
+def _climb(case: Case, scope: Scope) -> Iterator[TableRow]:
     base = case.bases["bfloat16"]
     users = min(USERS, groups_of(case)[-1])
     sides: dict[str, tuple[Side, int]] = {
@@ -181,7 +178,7 @@ def _climb(case: Case, pairs: int) -> Iterator[TableRow]:
     groups = {f"groups of {size}": size for size in groups_of(case) if size != users}
     for name, size in groups.items():
         sides[name] = (Ours(case, dtype="bfloat16", group=size), max(size, users))
-    turns = Contest(case, sides).run(pairs)
+    turns = Contest(case, sides).run(scope.pairs, tell=scope.tell)
     names = list(RUNGS)
     yield turns.alone(_title(case, names[0], users), names[0])
     for before, name in pairwise(names):

@@ -42,7 +42,7 @@ def benchmark(
     def command() -> dict[str, Any]:
         shapes, folders = shapes_of(shape), folders_of(base or [])
         check_options(json, pairs)
-        settings = even_settings()
+        tell(even_settings())
         # torch is loaded after the threads are set
         from fedoppu.simulations.benchmarks.personal_cases import Shape, Work
         from fedoppu.simulations.benchmarks.personal_ladder import ladder_rows
@@ -54,13 +54,17 @@ def benchmark(
             pairs=pairs,
             work=Work(users=4, items=4, queries=2, longest=130) if quick else Work(),
             promised=not quick,
+            tell=tell,
         )
-        tell = Console(stderr=True, highlight=False)
-        tell.print(settings, markup=False, soft_wrap=True)
         rows = (ladder_rows if ladder else comparison_rows)(scope)
         return measure(rows, packages=PACKAGES, json=json)
 
     run_command(command, "text")
+
+
+def tell(line: str) -> None:
+    """Prints a line of progress."""
+    Console(stderr=True, highlight=False).print(line, markup=False, soft_wrap=True)
 
 
 def shapes_of(names: str) -> tuple[str, ...]:

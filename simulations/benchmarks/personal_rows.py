@@ -25,7 +25,7 @@ from fedoppu.simulations.benchmarks.personal_sides import (
     Trained,
     check_alike,
 )
-from fedoppu.simulations.benchmarks.personal_turns import Turns, take_turns
+from fedoppu.simulations.benchmarks.personal_turns import Turns, silent, take_turns
 
 GROUPS: Final = (1, 4, 16)
 EXACT: Final = 4  # users of a group in float32
@@ -54,6 +54,7 @@ class Scope:
         work: What the users of a shape have; four of them for 135m.
         slow: Users that a side which trains one after another trains in a round.
         promised: Whether the goals are those of this work.
+        tell: Called with a line after each round.
     """
 
     shapes: tuple[Shape, ...]
@@ -62,6 +63,7 @@ class Scope:
     work: Work = field(default_factory=Work)
     slow: int = 1
     promised: bool = True
+    tell: Callable[[str], None] = silent
 
     def cases(self) -> Iterator[Case]:
         """Each shape's base and users, one after another."""
@@ -93,7 +95,7 @@ class Contest:
         self._case, self._sides = case, sides
         self.trained: dict[str, list[Trained]] = {name: [] for name in sides}
 
-    def run(self, rounds: int) -> Turns:
+    def run(self, rounds: int, *, tell: Callable[[str], None] = silent) -> Turns:
         """Measures all sides by turns, after one short job of each that is not counted.
 
         Raises:
@@ -101,7 +103,11 @@ class Contest:
         """
         for side, _ in self._sides.values():
             side([_shortened(self._case.jobs[0])])
-        turns = take_turns({name: self._turn(name) for name in self._sides}, rounds)
+        turns = take_turns(
+            {name: self._turn(name) for name in self._sides},
+            rounds,
+            tell=lambda line: tell(f"{self._case.shape}, {line}"),
+        )
         check_alike(self.trained)
         return turns
 
@@ -137,7 +143,7 @@ def _compare(case: Case, scope: Scope) -> Iterator[Row]:
     yield case.lengths()
     with TemporaryDirectory() as folder:
         contest = Contest(case, _sides(case, scope, folder))
-        turns = contest.run(scope.pairs)
+        turns = contest.run(scope.pairs, tell=scope.tell)
     yield from _rates(case, turns, promised=scope.promised)
     yield gradient_row(case)
     moved = {name: movements(case, trained) for name, trained in contest.trained.items()}

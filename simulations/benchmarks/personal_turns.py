@@ -56,12 +56,22 @@ def spread(values: Sequence[float]) -> str:
     return f"{min(values):.3g}-{max(values):.3g}"
 
 
-def take_turns(sides: Mapping[str, Callable[[int], int]], rounds: int) -> Turns:
+def silent(line: str) -> None:
+    """Tells nobody."""
+
+
+def take_turns(
+    sides: Mapping[str, Callable[[int], int]],
+    rounds: int,
+    *,
+    tell: Callable[[str], None] = silent,
+) -> Turns:
     """Measures all sides once a round, in their order.
 
     Args:
         sides: Name: takes the index of a round, trains some users and returns how many.
         rounds: How often.
+        tell: Called after each round with its rates in one line.
 
     Raises:
         UsageError: There is no round.
@@ -75,6 +85,8 @@ def take_turns(sides: Mapping[str, Callable[[int], int]], rounds: int) -> Turns:
             gc.collect()
             rates[name].append(_rate(side, index))
         loads.append(os.getloadavg()[0])
+        found = "; ".join(f"{name} {rate[-1]:.3g}" for name, rate in rates.items())
+        tell(f"round {index + 1} of {rounds}, users/s: {found}")
     return Turns(rates, loads)
 
 
