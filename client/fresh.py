@@ -44,11 +44,9 @@ def fresh_adapter(
     raise UsageError(f"personal.adapter.kind must be lora, ia3 or prompt, got {settings.kind}")
 
 
-def _first_tokens(
-    base: LoadedBase, count: int, text: str | None, owner: Randomness
-) -> NDArray[np.int64]:
+def _first_tokens(base: LoadedBase, count: int, text: str, owner: Randomness) -> NDArray[np.int64]:
     """The tokens whose embeddings virtual ones begin at: drawn, or a text's, repeated and cut."""
-    if text is None:
+    if not text:
         return owner.stream("adapter", "virtual_tokens").integers(0, base.vocab_size, count)
     tokens = base.tokenizer.encode(text)
     if not tokens:

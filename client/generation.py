@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
+from fedoppu.client.devices import on_device
 from fedoppu.client.jobs import ModelQuery
 from fedoppu.client.model import LoadedBase
 from fedoppu.client.multi_lora import AnyLevel, adapted, stack_levels
@@ -26,13 +27,13 @@ def generate_batch(base: LoadedBase, queries: Sequence[ModelQuery]) -> list[tupl
     """
     answers: list[list[int]] = [[] for _ in queries]
     rows = np.arange(len(queries))
-    tokens, mask = _left_padded([query.prompt for query in queries], base.tokenizer.pad)
-    levels = stack_levels([query.adapters for query in queries])
+    tokens, mask = _left_padded([query.prompt for query in queries], base)
+    levels = stack_levels([query.adapters for query in queries], base.device)
     cache = DynamicCache(config=base.model.config)
     while len(rows):
         newest = _next_tokens(base, tokens, mask, cache=cache, levels=levels)
         going = _append(answers, rows, newest.tolist(), queries=queries, eos=base.tokenizer.eos)
-        kept = torch.from_numpy(going)
+        kept = on_device(going, base.device)
         if len(going) < len(rows):
             cache.batch_select_indices(kept)
             levels = tuple(level.take(going) for level in levels)
@@ -42,14 +43,14 @@ def generate_batch(base: LoadedBase, queries: Sequence[ModelQuery]) -> list[tupl
     return [tuple(answer) for answer in answers]
 
 
-def _left_padded(prompts: Sequence[NDArray[np.int32]], pad: int) -> tuple[Tensor, Tensor]:
+def _left_padded(prompts: Sequence[NDArray[np.int32]], base: LoadedBase) -> tuple[Tensor, Tensor]:
     longest = max(len(prompt) for prompt in prompts)
-    tokens = np.full((len(prompts), longest), pad, np.int64)
+    tokens = np.full((len(prompts), longest), base.tokenizer.pad, np.int64)
     mask = np.zeros((len(prompts), longest), np.int64)
     for row, prompt in enumerate(prompts):
         tokens[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
-    return torch.from_numpy(tokens), torch.from_numpy(mask)
+    return on_device(tokens, base.device), on_device(mask, base.device)
 
 
 def _next_tokens(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedoppu.client.batches import pad_rows
+from fedoppu.client.devices import as_array, on_device
 from fedoppu.client.jobs import ModelQuery
 from fedoppu.client.model import LoadedBase
 from fedoppu.client.multi_lora import Outputs, logits_at, stack_levels
@@ -33,7 +34,8 @@ def score_batch(base: LoadedBase, queries: Sequence[ModelQuery]) -> list[NDArray
         queries: Their stacks have the same specs; each has at least one label.
     """
     layouts = [_Layout.of(query) for query in queries]
-    tokens = pad_rows([layout.tokens for layout in layouts], base.tokenizer.pad)
+    device = base.device
+    tokens = pad_rows([layout.tokens for layout in layouts], base.tokenizer.pad, device)
     rows = np.repeat(np.arange(len(queries)), [len(layout.sources) for layout in layouts])
     sources = np.concatenate([layout.sources for layout in layouts])
     targets = np.concatenate([layout.targets for layout in layouts])
@@ -41,12 +43,12 @@ def score_batch(base: LoadedBase, queries: Sequence[ModelQuery]) -> list[NDArray
         logits = logits_at(
             base.model,
             tokens,
-            Outputs(torch.from_numpy(rows), torch.from_numpy(sources)),
-            levels=stack_levels([query.adapters for query in queries]),
-            layout=_attention(layouts, tokens.shape[1], base.model.dtype),
+            Outputs(on_device(rows, device), on_device(sources, device)),
+            levels=stack_levels([query.adapters for query in queries], device),
+            layout=_attention(layouts, tokens.shape[1], base),
         )
-        chosen = torch.log_softmax(logits, -1).gather(1, torch.from_numpy(targets).unsqueeze(1))
-    found = chosen.squeeze(1).double().numpy()
+        chosen = torch.log_softmax(logits, -1).gather(1, on_device(targets, device).unsqueeze(1))
+    found = as_array(chosen.squeeze(1).double())
     ends = np.cumsum([len(layout.sources) for layout in layouts])[:-1]
     return [
         np.bincount(layout.labels, weights=part, minlength=len(query.labels)).astype(np.float64)
@@ -96,7 +98,7 @@ class _Layout:
 
 
 def _attention(
-    layouts: Sequence[_Layout], length: int, dtype: torch.dtype
+    layouts: Sequence[_Layout], length: int, base: LoadedBase
 ) -> dict[str, Tensor] | None:
     """Positions and mask of the rows; none where there are only prompts."""
     if all(len(layout.tokens) == int((layout.tails < 0).sum()) for layout in layouts):
@@ -109,6 +111,7 @@ def _attention(
     query, key = tails[:, :, None], tails[:, None, :]
     causal = np.tri(length, dtype=bool)
     seen = causal & ((query == key) | ((key == -1) & (query >= 0)))
-    mask = torch.zeros(seen.shape, dtype=dtype)
-    mask.masked_fill_(torch.from_numpy(~seen), torch.finfo(dtype).min)
-    return {"attention_mask": mask.unsqueeze(1), "position_ids": torch.from_numpy(positions)}
+    device, dtype = base.device, base.model.dtype
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+    mask.masked_fill_(on_device(~seen, device), torch.finfo(dtype).min)
+    return {"attention_mask": mask.unsqueeze(1), "position_ids": on_device(positions, device)}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from fedoppu.client.devices import as_array, on_device
+from fedoppu.client.devices import CPU, as_array, on_device
 from fedoppu.client.gguf import dequantized
 from fedoppu.common.base import BaseFacts, read_base
 from fedoppu.common.errors import BaseModelError, UsageError
@@ -165,12 +165,15 @@ def _existing(path: Path, name: str) -> Path:
     return path
 
 
-def load_base(facts: BaseFacts, *, dtype: Dtype = "float32") -> LoadedBase:
+def load_base(
+    facts: BaseFacts, *, dtype: Dtype = "float32", device: torch.device = CPU
+) -> LoadedBase:
     """Loads a base for inference and for training adapters on it.
 
     Args:
         facts: From `resolve_base`.
         dtype: Of the products with the frozen base; adapters are float32 in any case.
+        device: Where it computes, as `devices.chosen_device` finds it.
 
     Raises:
         BaseModelError: transformers cannot load the folder; the message says why.
@@ -182,7 +185,7 @@ def load_base(facts: BaseFacts, *, dtype: Dtype = "float32") -> LoadedBase:
                 facts.path,
                 dtype=DTYPES[dtype],
                 local_files_only=True,
-                attn_implementation=ATTENTION[dtype],
+                attn_implementation=ATTENTION[dtype] if device == CPU else "sdpa",
             )
     except Exception as error:  # transformers raises many kinds for what it cannot read
         reason = " ".join(str(error).split())[:300]
@@ -190,7 +193,7 @@ def load_base(facts: BaseFacts, *, dtype: Dtype = "float32") -> LoadedBase:
             f"base {facts.name} cannot be loaded: {type(error).__name__}: {reason}",
             hint="its files must be those of one model, as save_pretrained writes them",
         ) from error
-    model.requires_grad_(False).train(False)
+    cast(Any, model).to(device).requires_grad_(False).train(False)
     return LoadedBase(facts, model, BaseTokenizer(tokenizer, name=facts.name))
 
 

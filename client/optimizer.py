@@ -118,4 +118,4 @@ def user_rules(
 
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
+    return on_device(np.array(values, np.float32), device).unsqueeze(1)

@@ -18,6 +18,7 @@ from fedoppu.common.merging import as_meant, build, read_dotlist, read_yaml
 from fedoppu.common.setting_checks import INTERPOLATION, check_settings
 
 AdapterKind = Literal["lora", "ia3", "prompt"]
+Device = Literal["auto", "cpu", "cuda"]
 Aggregation = Literal["ffa", "fedavg", "alternating"]
 Examples = Literal["queries", "history", "both"]
 ProfileKind = Literal["none", "template", "llm"]
@@ -89,7 +90,7 @@ class PersonalAdapterSettings:
         alpha: lora: the update is scaled by alpha / rank.
         feedforward: ia3: endings of the names of those targets whose input is scaled instead of the output.
         tokens: prompt: number of virtual tokens; at least 1.
-        text: prompt: they begin as the embeddings of this text, repeated or cut; null draws tokens of the vocabulary.
+        text: prompt: they begin as the embeddings of this text, repeated or cut; empty draws tokens of the vocabulary.
     """
 
     kind: AdapterKind = "lora"
@@ -98,7 +99,7 @@ class PersonalAdapterSettings:
     alpha: float = 8.0
     feedforward: tuple[str, ...] = ("down_proj",)
     tokens: int = 20
-    text: str | None = None
+    text: str = ""
 
     def __post_init__(self) -> None:
         """Check the ranges, and that nothing is set that the kind does not have."""
@@ -394,6 +395,7 @@ class RunConfig:
         threads: Intra-op threads of each; part of the result.
         group_users: Users trained in one pass; part of the result.
         dtype: Of the products with the frozen base.
+        device: Where the base computes: cpu, cuda, or auto (cuda where there is one). Part of the result.
         confidence: Of the intervals.
         resamples: Of the bootstrap.
         arms: Rows of the table, or all.
@@ -418,6 +420,7 @@ class RunConfig:
     threads: int = 1
     group_users: int = 6
     dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Device = "cpu"
     confidence: float = 0.95
     resamples: int = 10_000
     arms: tuple[str, ...] = ("all",)
@@ -451,6 +454,11 @@ class RunConfig:
         require("confidence", self.confidence, 0.5, 0.9999)
         for k in self.k:
             require("k", k, 0, 64)
+        if self.device != "cpu" and self.engine != "local":
+            raise UsageError(
+                f"device={self.device} is for engine=local, got engine={self.engine}",
+                hint="set engine=local or device=cpu",
+            )
 
 
 @dataclass(frozen=True)

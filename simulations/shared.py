@@ -81,6 +81,7 @@ class SharedPhase:
             seed=self.seed,
             threads=self.run.threads,
             group_users=self.run.group_users,
+            device=self.run.device,
         )
 
     @property

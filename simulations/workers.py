@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from fedoppu.client.devices import chosen_device, make_deterministic
 from fedoppu.client.fresh import fresh_adapter
 from fedoppu.client.jobs import LocalTrainer, Predictor
 from fedoppu.client.model import LoadedBase, load_base, resolve_base
@@ -22,7 +23,7 @@ from fedoppu.client.tasks import TASKS, Task
 from fedoppu.client.training import BatchedTrainer
 from fedoppu.client.vault import HistoryItem
 from fedoppu.common.adapters import Adapter, AdapterSpec
-from fedoppu.common.config import FederationConfig, PersonalSettings
+from fedoppu.common.config import Device, FederationConfig, PersonalSettings
 from fedoppu.common.defaults import adapter_spec
 from fedoppu.common.randomness import Randomness
 from fedoppu.simulations.virtual_users import VirtualUsers
@@ -40,6 +41,7 @@ class WorkerSpec:
         seed: Root of the run's random choices.
         threads: Intra-op threads of torch; part of the result.
         group_users: Users trained in one pass; part of the result.
+        device: Where the base computes; part of the result.
     """
 
     base: str
@@ -49,6 +51,7 @@ class WorkerSpec:
     seed: int
     threads: int
     group_users: int
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,11 @@ class Worker:
 
 
 @lru_cache(maxsize=1)
-def _open_base(name: str, dtype: Literal["float32", "bfloat16"]) -> LoadedBase:
-    return load_base(resolve_base(name), dtype=dtype)
+def _open_base(
+    name: str, dtype: Literal["float32", "bfloat16"], device: torch.device
+) -> LoadedBase:
+    make_deterministic(device)
+    return load_base(resolve_base(name), dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=1)
@@ -95,7 +101,7 @@ def open_worker(spec: WorkerSpec) -> Worker:
     """Builds the worker of a spec; the last one is kept."""
     torch.set_num_threads(spec.threads)
     config = FederationConfig.from_canonical(spec.federation)
-    base = _open_base(spec.base, config.dtype)
+    base = _open_base(spec.base, config.dtype, chosen_device(spec.device))
     task = TASKS[config.task]
     prompts = PromptBuilder(
         task,

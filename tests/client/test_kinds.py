@@ -309,8 +309,14 @@ def test_virtual_tokens_can_begin_as_a_text_repeated_and_cut(base: LoadedBase) -
     own = fresh(base, 0, kind="prompt", tokens=len(tokens) + 2, text="the category of this")
     expected = base.embeddings(np.array([*tokens, *tokens[:2]]))
     assert np.array_equal(own.tensors["virtual_tokens"], expected)
+
+
+def test_a_text_without_a_token_is_refused(
+    base: LoadedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base.tokenizer, "encode", lambda text: [])
     with pytest.raises(UsageError, match="text must hold at least one token"):
-        fresh(base, 0, kind="prompt", text="")
+        fresh(base, 0, kind="prompt", text=" ")
 
 
 def test_a_base_without_room_or_known_width_takes_no_virtual_tokens(base: LoadedBase) -> None:
