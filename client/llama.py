@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from fedoppu.client.batches import Row
+from fedoppu.client.devices import on_device
 from fedoppu.client.llama_adapters import PackedAdapters
 from fedoppu.client.llama_attention import HeadShape, Indices, attention_plan
 from fedoppu.client.llama_ops import attend, gated, norm, rotated
@@ -226,12 +227,18 @@ class LlamaEngine:
         return functional.linear(hidden, head.weight, head.bias).float()
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self._model.device)
+        return on_device(array, self._model.device)
 
     def _attended(self, packed: Packed) -> Attend:
         """Attention over stretches of the rows, differentiable."""
         below, last = (
-            attention_plan(stretches, packed.positions, self._heads, dtype=self._model.dtype)
+            attention_plan(
+                stretches,
+                packed.positions,
+                self._heads,
+                dtype=self._model.dtype,
+                device=self._model.device,
+            )
             for stretches in (packed.stretches, packed.last)
         )
         plans = (*[below] * (len(self._layers) - 1), last)

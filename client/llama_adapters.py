@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from fedoppu.client.devices import on_device
 from fedoppu.client.llama_ops import adapt
 from fedoppu.client.multi_lora import Level
 
@@ -80,7 +81,7 @@ def _pick(stacked: Tensor, slots: Indices) -> Tensor:
         return stacked.expand(len(slots), -1, -1)
     if np.array_equal(slots, np.arange(len(stacked))):
         return stacked
-    return stacked.index_select(0, torch.from_numpy(slots).to(stacked.device))
+    return stacked.index_select(0, on_device(slots, stacked.device))
 
 
 def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:

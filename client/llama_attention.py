@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from fedoppu.client.devices import CPU, on_device
+
 Indices = NDArray[np.int64]
 
 # what one more group costs, and the largest group that stays in the cache, in scores of one head
@@ -109,28 +111,43 @@ def split_stretches(stretches: Sequence[Stretch]) -> list[list[Stretch]]:
     of stretches.
     """
     order = sorted(stretches, key=lambda stretch: (len(stretch.keys), len(stretch.queries)))
-    keys = _rounded(np.array([len(stretch.keys) for stretch in order]), KEY_GRAIN)
-    queries = _rounded(np.array([len(stretch.queries) for stretch in order]), QUERY_GRAIN)
-    best, cut = np.zeros(len(order) + 1), np.zeros(len(order) + 1, np.int64)
+    keys = _rounded(np.array([len(stretch.keys) for stretch in order]), KEY_GRAIN).tolist()
+    longest = _longest(_rounded(np.array([len(stretch.queries) for stretch in order]), QUERY_GRAIN))
+    best, cut = [0], [0]
     for end in range(1, len(order) + 1):
-        longest = np.maximum.accumulate(queries[:end][::-1])[::-1]
-        scores = longest * keys[end - 1] * np.arange(end, 0, -1)
-        count = np.arange(end, 0, -1)
-        allowed = (scores <= MAX_SCORES) & (count & (count - 1) == 0)
-        allowed[-1] = True
-        costs = np.where(allowed, best[:end] + scores + GROUP_COST, np.inf)
-        cut[end] = np.argmin(costs)
-        best[end] = costs[cut[end]]
+        options = []
+        for power in range(end.bit_length()):
+            start = end - (1 << power)
+            scores = (1 << power) * longest[power][start] * keys[end - 1]
+            if power == 0 or scores <= MAX_SCORES:
+                options.append((best[start] + scores + GROUP_COST, start))
+        cost, start = min(options)
+        best.append(cost)
+        cut.append(start)
     groups: list[list[Stretch]] = []
     end = len(order)
     while end:
         groups.append(order[cut[end] : end])
-        end = int(cut[end])
+        end = cut[end]
     return groups[::-1]
 
 
+def _longest(queries: Indices) -> list[list[int]]:
+    """For each power of two the most queries of as many neighbours, by the first of them."""
+    found = [queries]
+    while 2 << len(found) - 1 <= len(queries):
+        width = 1 << len(found) - 1
+        found.append(np.maximum(found[-1][:-width], found[-1][width:]))
+    return [most.tolist() for most in found]
+
+
 def attention_plan(
-    stretches: Sequence[Stretch], positions: Indices, heads: HeadShape, *, dtype: torch.dtype
+    stretches: Sequence[Stretch],
+    positions: Indices,
+    heads: HeadShape,
+    *,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
 ) -> AttentionPlan:
     """Plans the attention of stretches.
 
@@ -139,11 +156,12 @@ def attention_plan(
         positions: (T,) of each token in its own text.
         heads: Of the base.
         dtype: Of the scores.
+        device: Of the base.
     """
     asking = np.sort(np.concatenate([stretch.queries for stretch in stretches]))
     number = np.zeros(len(positions), np.int64)
     number[asking] = np.arange(len(asking))
-    builder = _Builder(heads, number, positions)
+    builder = _Builder(heads, number, positions.astype(np.int32), device=device)
     groups = tuple(builder.group(members, dtype) for members in split_stretches(stretches))
     found, uses, bags = builder.tables(len(asking))
     return AttentionPlan(groups, found, uses, bags)
@@ -152,8 +170,16 @@ def attention_plan(
 class _Builder:
     """Gathers where each query and key ends up in the groups."""
 
-    def __init__(self, heads: HeadShape, number: Indices, positions: Indices) -> None:
+    def __init__(
+        self,
+        heads: HeadShape,
+        number: Indices,
+        positions: NDArray[np.int32],
+        *,
+        device: torch.device,
+    ) -> None:
         self._heads, self._number, self._positions = heads, number, positions
+        self._device = device
         self._query_end = self._key_end = 0
         self._found: list[tuple[Indices, Indices]] = []
         self._uses: list[tuple[Indices, Indices]] = []
@@ -173,12 +199,14 @@ class _Builder:
         columns = keys[None] * self._heads.key_heads + head
         self._place(rows, columns, asks, holds)
         padding = np.flatnonzero(np.broadcast_to(~asks[None, :, None, :], rows.shape))
-        mask = np.where(hidden, -np.inf, 0.0)[:, None]
+        unseen = on_device(hidden[:, None], self._device)
         return AttentionGroup(
-            queries=torch.from_numpy(rows.reshape(-1)),
-            keys=torch.from_numpy(columns.reshape(-1)),
-            padding=torch.from_numpy(padding),
-            mask=torch.from_numpy(mask).to(dtype),
+            queries=on_device(rows.reshape(-1), self._device),
+            keys=on_device(columns.reshape(-1), self._device),
+            padding=on_device(padding, self._device),
+            mask=torch.zeros(unseen.shape, dtype=dtype, device=self._device).masked_fill_(
+                unseen, -torch.inf
+            ),
             shape=(*rows.shape, keys.shape[1]),
         )
 
@@ -202,7 +230,8 @@ class _Builder:
         counts = np.bincount(keys, minlength=len(self._positions) * self._heads.key_heads)
         uses = places[np.argsort(keys, kind="stable")]
         bags = np.cumsum(counts) - counts
-        return torch.from_numpy(found), torch.from_numpy(uses), torch.from_numpy(bags)
+        device = self._device
+        return on_device(found, device), on_device(uses, device), on_device(bags, device)
 
 
 def _rounded(lengths: Indices, grain: int) -> Indices:
