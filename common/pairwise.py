@@ -36,9 +36,10 @@ from typing import Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hpke
-from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fedoppu.common.hybrid_key import MLKEM_BYTES, hybrid_public_key
 from fedoppu.common.masking import (
     KEY_BYTES,
     TAG_BYTES,
@@ -56,7 +57,7 @@ from fedoppu.common.secret_sharing import SHARE_BYTES
 from fedoppu.common.signing import Scope
 
 PLAIN_BYTES = 2 * SHARE_BYTES  # a share of the self seed, a share of the mask key
-_MLKEM_BYTES, _MLKEM_SEED_BYTES = 1184, 64
+_MLKEM_SEED_BYTES = 64
 _COMMITMENT_BYTES = 16
 _SUITE = hpke.Suite(hpke.KEM.MLKEM768_X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_256_GCM)
 _SEAL_BYTES = hpke.KEM.MLKEM768_X25519.enc_length() + TAG_BYTES
@@ -227,7 +228,7 @@ class HybridPair:
 
     def seal(self, plain: bytes, link: Link) -> bytes:
         """The package under HPKE, to the peer's channel key."""
-        return _SUITE.encrypt(plain, _public(link.key), info=link.sent("package"))
+        return _SUITE.encrypt(plain, hybrid_public_key(link.key), info=link.sent("package"))
 
     def unseal(self, package: bytes, link: Link) -> bytes | None:
         """What this channel key opens."""
@@ -236,7 +237,7 @@ class HybridPair:
     def offer(self, link: Link) -> bytes:
         """The pair secret under HPKE, to the peer's mask key, and the hash of the secret."""
         secret = self._secret(link)
-        sealed = _SUITE.encrypt(secret, _public(link.key), info=link.sent("pair secret"))
+        sealed = _SUITE.encrypt(secret, hybrid_public_key(link.key), info=link.sent("pair secret"))
         return sealed + _commit(link, secret)
 
     def mask(self, link: Link, offered: bytes) -> Mask | None:
@@ -268,7 +269,7 @@ class HybridPair:
 class HybridExchange:
     """MLKEM768-X25519 in HPKE; the attributes are those of `KeyExchange`."""
 
-    key_bytes: int = _MLKEM_BYTES + KEY_BYTES
+    key_bytes: int = MLKEM_BYTES + KEY_BYTES
     package_bytes: int = _SEAL_BYTES + PLAIN_BYTES
     offer_bytes: int = _SEAL_BYTES + KEY_BYTES + _COMMITMENT_BYTES
     authentic: bool = False
@@ -284,10 +285,10 @@ class HybridExchange:
 
     def is_weak(self, key: bytes) -> bool:
         """Whether half of the key is none: of low order, or no ML-KEM key (FIPS 203, 7.2)."""
-        if len(key) != self.key_bytes or is_low_order(key[_MLKEM_BYTES:]):
+        if len(key) != self.key_bytes or is_low_order(key[MLKEM_BYTES:]):
             return True
         try:
-            _public(key)
+            hybrid_public_key(key)
         except ValueError:  # a coefficient is not below the modulus
             return True
         return False
@@ -295,13 +296,6 @@ class HybridExchange:
     def heirs(self, member: int, neighbours: tuple[int, ...]) -> tuple[int, ...]:
         """All above it."""
         return tuple(peer for peer in neighbours if peer > member)
-
-
-def _public(key: bytes) -> hpke.MLKEM768X25519PublicKey:
-    lattice = MLKEM768PublicKey.from_public_bytes(key[:_MLKEM_BYTES])
-    return hpke.MLKEM768X25519PublicKey(
-        lattice, X25519PublicKey.from_public_bytes(key[_MLKEM_BYTES:])
-    )
 
 
 def _commit(link: Link, secret: bytes) -> bytes:

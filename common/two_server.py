@@ -20,23 +20,21 @@ import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 from cryptography.hazmat.primitives.hpke import (
     AEAD,
     KDF,
     KEM,
-    MLKEM768X25519PublicKey,
     Suite,
 )
 
 from fedoppu.common.errors import UsageError
+from fedoppu.common.hybrid_key import MLKEM_BYTES, hybrid_public_key
 from fedoppu.common.masking import KEY_BYTES, Mask, derive, is_low_order
 from fedoppu.common.randomness import encode_key
 from fedoppu.common.rounds import RoundPlan, Words
 
 SEED_BYTES, SALT_BYTES, IDENTITY_BYTES = 32, 32, 32
-MLKEM_BYTES = 1184  # of an ML-KEM-768 public key (FIPS 203, table 3)
 _SEALED, _SEALED_HYBRID = 32 + SEED_BYTES + 16, 1120 + SEED_BYTES + 16  # encapsulation, seed, tag
 
 
@@ -91,13 +89,12 @@ class HelperKeys:
             context: Of the round's plan.
             member: Whose seed it is.
         """
-        key = X25519PublicKey.from_public_bytes(self.seal[-KEY_BYTES:])
         info = seal_info(context, member)
-        if not self.hybrid:
-            return suite(hybrid=False).encrypt(bytes(seed), key, info=info)
-        lattice = MLKEM768PublicKey.from_public_bytes(self.seal[:-KEY_BYTES])
-        both = MLKEM768X25519PublicKey(lattice, key)
-        return suite(hybrid=True).encrypt(bytes(seed), both, info=info)
+        if self.hybrid:
+            both = hybrid_public_key(self.seal)
+            return suite(hybrid=True).encrypt(bytes(seed), both, info=info)
+        key = X25519PublicKey.from_public_bytes(self.seal)
+        return suite(hybrid=False).encrypt(bytes(seed), key, info=info)
 
 
 def suite(*, hybrid: bool) -> Suite:
