@@ -248,6 +248,11 @@ class ThresholdSettings:
         require("thresholds.max_drop", self.max_drop, 0, 0.5)
         require("thresholds.attempts", self.attempts, 1)
 
+    @property
+    def least(self) -> int:
+        """Fewest members of a cohort, and fewest survivors: the floor, and those assumed corrupt."""
+        return self.floor + self.corrupt
+
 
 @dataclass(frozen=True)
 class SecAggSettings:

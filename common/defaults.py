@@ -171,7 +171,7 @@ def federation(
         planned = Participation(
             members=base_users,
             cohort=cohort,
-            floor=run.thresholds.floor + run.thresholds.corrupt,
+            floor=run.thresholds.least,
             rounds=rounds,
             most=math.ceil(rounds / privacy.separation),
         )

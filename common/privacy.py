@@ -170,7 +170,7 @@ def steady_ratio(thresholds: ThresholdSettings, members: int) -> float:
         thresholds: Of the federation.
         members: In the roster; a Poisson cohort may have any number of them.
     """
-    least, worst = thresholds.floor + thresholds.corrupt, 1.0
+    least, worst = thresholds.least, 1.0
     for asked in range(least, members + 1):
         survivors = max(asked - allowed_drops(asked, thresholds.max_drop), least)
         worst = max(worst, asked / (survivors - thresholds.corrupt))

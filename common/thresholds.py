@@ -148,7 +148,7 @@ def plan_thresholds(n: int, settings: ThresholdSettings, *, graph: bool = True) 
     Raises:
         UsageError: n members cannot hold the floor of honest members and the corrupt ones.
     """
-    least = settings.floor + settings.corrupt
+    least = settings.least
     if n < least:
         raise UsageError(
             f"a cohort needs thresholds.floor + thresholds.corrupt = {least} members, got {n}",

@@ -281,7 +281,7 @@ def participation(
     return Participation(
         members=max(sizes),
         cohort=config.cohort,
-        floor=config.thresholds.floor + config.thresholds.corrupt,
+        floor=config.thresholds.least,
         rounds=len(charges),
         most=max(turns.values(), default=0),
         fewest=min(sizes),

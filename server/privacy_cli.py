@@ -173,7 +173,7 @@ def _epsilons(federation: Federation, answer: PrivacyPlan) -> Iterator[str]:
         )
     if spent.delta > privacy.delta:
         share = spent.delta - privacy.delta
-        floor = federation.thresholds.floor + federation.thresholds.corrupt
+        floor = federation.thresholds.least
         yield _line("delta", f"{share:.2g} of it for cohorts below the floor of {floor}")
     if answer.amplified and not answer.exact_accounting:
         yield _line("accounting", "by Renyi bounds; pip install 'fedoppu[dp]' shows less epsilon")

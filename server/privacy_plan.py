@@ -89,7 +89,7 @@ class Federation:
         return Participation(
             members=self.users,
             cohort=self.cohort,
-            floor=self.thresholds.floor + self.thresholds.corrupt,
+            floor=self.thresholds.least,
             rounds=rounds,
             most=math.ceil(rounds / self.privacy.separation),
         )

@@ -126,7 +126,7 @@ class Rounds:
     def _least(self, cohort: Collection[int] = ()) -> int:
         """Fewest members of a cohort."""
         settings = self._thresholds(cohort)
-        return settings.floor + settings.corrupt
+        return settings.least
 
     def _stored(self, standing: Standing) -> AttemptState:
         """The attempt that a crash interrupted, or none yet."""

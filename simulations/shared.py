@@ -135,7 +135,7 @@ class SharedPhase:
         if config.privacy.mechanism == "none" or not config.rounds:
             return
         spec = _spec(config, base)
-        floor = config.thresholds.floor + config.thresholds.corrupt
+        floor = config.thresholds.least
         planned = Participation(members, config.cohort, floor, config.rounds, config.rounds)
         asked = largest_cohort(config.privacy, planned)
         limits = plan_thresholds(asked, config.thresholds)

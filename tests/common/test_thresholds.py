@@ -178,3 +178,10 @@ def test_without_a_graph_only_floors_and_drops_say_something(n: int, drops: int)
     assert (found.max_drops, found.min_cohort) == (drops, n - drops)
     with pytest.raises(UsageError, match=r"a cohort needs thresholds\.floor"):
         plan_thresholds(n, ThresholdSettings(floor=n, corrupt=1), graph=False)
+
+
+def test_the_fewest_members_are_the_floor_and_those_assumed_corrupt() -> None:
+    settings = ThresholdSettings(floor=20, corrupt=3)
+    assert settings.least == 23
+    with pytest.raises(UsageError, match=r"thresholds\.floor \+ thresholds\.corrupt = 23 members"):
+        plan_thresholds(settings.least - 1, settings)
