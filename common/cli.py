@@ -65,22 +65,22 @@ def run_command(command: Callable[[], dict[str, Any]], output: Format) -> None:
         with _terminable():
             data = command()
     except FedoppuError as error:
-        _fail(output, error.exit_code, error.code, str(error), error.hint)
+        fail(output, error.exit_code, error.code, str(error), error.hint)
     except KeyboardInterrupt:
-        _fail(output, 130, "interrupted", "interrupted", "")
+        fail(output, 130, "interrupted", "interrupted", "")
     except _Terminated:
-        _fail(output, 128 + signal.SIGTERM, "terminated", "terminated", "")
+        fail(output, 128 + signal.SIGTERM, "terminated", "terminated", "")
     except BrokenPipeError:
         # whoever read the output has enough of it, as head has; nothing more can be told there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except MemoryError as error:
-        _fail(output, 1, "memory", f"not enough memory: {error}", MEMORY_HINT)
+        fail(output, 1, "memory", f"not enough memory: {error}", MEMORY_HINT)
     except OSError as error:
         if error.errno not in MACHINE:
             _bug(output, error)
         where = f": {error.filename}" if error.filename else ""
-        _fail(output, 1, "machine", f"{error.strerror}{where}", MACHINE_HINT)
+        fail(output, 1, "machine", f"{error.strerror}{where}", MACHINE_HINT)
     except Exception as error:
         _bug(output, error)
     else:
@@ -92,10 +92,15 @@ def _bug(output: Format, error: Exception) -> NoReturn:
     if output == "text":
         sys.stderr.write(traceback.format_exc())
     message = f"{type(error).__name__}: {error}{_where(error)}"
-    _fail(output, 5, "bug", message, "this is a bug of fedoppu")
+    fail(output, 5, "bug", message, "this is a bug of fedoppu")
 
 
-def _fail(output: Format, exit_code: int, code: str, message: str, hint: str) -> NoReturn:
+def fail(output: Format, exit_code: int, code: str, message: str, hint: str) -> NoReturn:
+    """Ends the process with an error: an envelope on standard output, or lines on standard error.
+
+    Raises:
+        SystemExit: With the exit code.
+    """
     if output == "json":
         body = {"status": "error", "error_code": code, "message": message, "hint": hint}
         _write({"schema_version": SCHEMA_VERSION, **body})
