@@ -401,6 +401,7 @@ class RunConfig:
         group_users: Users trained in one pass; part of the result.
         dtype: Of the products with the frozen base.
         device: Where the base computes: cpu, cuda, or auto (cuda where there is one). Part of the result.
+        checkpointing: Recompute each layer in the backward pass: less memory, more time, the same result.
         confidence: Of the intervals.
         resamples: Of the bootstrap.
         arms: Rows of the table, or all.
@@ -426,6 +427,7 @@ class RunConfig:
     group_users: int = 6
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Device = "cpu"
+    checkpointing: bool = False
     confidence: float = 0.95
     resamples: int = 10_000
     arms: tuple[str, ...] = ("all",)

@@ -82,6 +82,7 @@ class SharedPhase:
             threads=self.run.threads,
             group_users=self.run.group_users,
             device=self.run.device,
+            checkpointing=self.run.checkpointing,
         )
 
     @property

@@ -42,6 +42,7 @@ class WorkerSpec:
         threads: Intra-op threads of torch; part of the result.
         group_users: Users trained in one pass; part of the result.
         device: Where the base computes; part of the result.
+        checkpointing: Whether the trainer saves memory for time; no part of the result.
     """
 
     base: str
@@ -52,6 +53,7 @@ class WorkerSpec:
     threads: int
     group_users: int
     device: Device = "cpu"
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ def open_worker(spec: WorkerSpec) -> Worker:
         config=config,
         task=task,
         base=base,
-        trainer=BatchedTrainer(base, group=spec.group_users),
+        trainer=BatchedTrainer(
+            base, group=spec.group_users, checkpointing=spec.checkpointing
+        ),
         predictor=BatchedPredictor(base),
         prompts=prompts,
         users=VirtualUsers(spec.users),

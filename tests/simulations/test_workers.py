@@ -4,7 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from fedoppu.client.jobs import TrainedAdapter
 from fedoppu.client.model import resolve_base
 from fedoppu.client.profile import template_profile
 from fedoppu.common.adapters import AdapterSpec
@@ -12,6 +14,7 @@ from fedoppu.common.config import load_run_config
 from fedoppu.common.defaults import federation, personal_settings
 from fedoppu.simulations.users import prepare_users
 from fedoppu.simulations.workers import WorkerSpec, open_worker
+from tests.client.engine import fresh_job
 
 
 def spec_of(folder: Path, *changes: str) -> WorkerSpec:
@@ -94,3 +97,29 @@ def test_a_users_own_profile_wins_where_profiles_are_used(
     worker = open_worker(spec_of(folder, f"profile={kind}"))
     own = replace(worker, users=OwnProfile("I like jazz"))  # type: ignore[arg-type]
     assert own.profile("anyone", ()) == expected
+
+
+def saved_and_trained(spec: WorkerSpec) -> tuple[int, str]:
+    """Tensors that autograd is told to keep while a worker trains a job, and the digest it ends in."""
+    worker = open_worker(spec)
+    job = fresh_job(worker.shared_spec, 0, 3)
+    saved: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        (found,) = worker.trainer.update_many([job])
+    assert isinstance(found, TrainedAdapter)
+    return len(saved), found.adapter.digest()
+
+
+def test_a_worker_that_checkpoints_keeps_less_and_trains_to_the_same_bytes(folder: Path) -> None:
+    spec = spec_of(folder)
+    keeping, anew = (
+        saved_and_trained(replace(spec, checkpointing=checkpointing))
+        for checkpointing in (False, True)
+    )
+    assert anew[0] < keeping[0] / 2
+    assert anew[1] == keeping[1]
