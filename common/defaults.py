@@ -31,7 +31,7 @@ SMALL = 20_000_000
 LARGE = 1_000_000_000
 ALL_LINEAR = ("all-linear",)
 SCALED = ("k_proj", "v_proj", "down_proj")
-IA3_RATE, PROMPT_RATE = 3e-3, 3e-2
+IA3_RATE, SMALL_IA3_RATE, PROMPT_RATE = 3e-3, 3e-2, 3e-2
 # tasks whose history is trained on as text to be written, not as labels to be chosen
 GENERATIVE = ("LaMP_1", "LaMP_4", "LaMP_5", "LaMP_7")
 PASSES = 3
@@ -73,15 +73,17 @@ def _personal_defaults(parameters: int, task: str) -> _Defaults:
     )
 
 
-def _of_kind(defaults: _Defaults, kind: AdapterKind) -> _Defaults:
+def _of_kind(defaults: _Defaults, kind: AdapterKind, parameters: int) -> _Defaults:
     """The defaults for another kind: few numbers, each of which must move far.
 
-    (IA)^3: the targets and 3e-3 of its paper (Liu et al. 2022, section 3.3 and appendix D).
+    (IA)^3: the targets and 3e-3 of its paper (Liu et al. 2022, section 3.3); 3e-2 for small bases, chosen on generated
+    base users, as ours for LoRA are.
     Prompt tuning: 3e-2, as in peft's examples of prompt tuning with AdamW; its paper's .3 is Adafactor's (Lester et al.
-    2021, section 2.1 and appendix A).
+    2021, section 3).
     """
     if kind == "ia3":
-        return replace(defaults, targets=SCALED, learning_rate=IA3_RATE)
+        rate = SMALL_IA3_RATE if parameters < SMALL else IA3_RATE
+        return replace(defaults, targets=SCALED, learning_rate=rate)
     return replace(defaults, targets=(), learning_rate=PROMPT_RATE)
 
 
@@ -135,7 +137,7 @@ def personal_settings(run: RunConfig, base: BaseFacts, task: str) -> PersonalSet
     settings = run.personal.adapter
     defaults = _personal_defaults(base.num_parameters, task)
     if settings.kind != "lora":
-        defaults = _of_kind(defaults, settings.kind)
+        defaults = _of_kind(defaults, settings.kind, base.num_parameters)
     adapter = replace(settings, targets=settings.targets or defaults.targets or None)
     training = _fill_training(run.personal.training, defaults)
     return replace(run.personal, adapter=adapter, training=training)

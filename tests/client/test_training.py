@@ -110,6 +110,17 @@ def test_a_factor_that_is_not_trainable_stays_byte_for_byte(
             assert same == (name[-1] not in trainable)
 
 
+def test_a_start_that_some_users_of_a_group_share_is_each_ones_own(base: LoadedBase) -> None:
+    """The factor that is not trained is held once for those who share it."""
+    spec = spec_of(base, "q_proj")
+    starts = [random_adapter(spec, 1), random_adapter(spec, 2)]
+    jobs = [
+        replace(fresh_job(spec, seed, 3 + seed), start=starts[which], trainable=("B",))
+        for seed, which in enumerate((0, 1, 0))
+    ]
+    require_equal(base, jobs)
+
+
 def test_a_proximal_term_pulls_as_half_the_squared_distance_does(base: LoadedBase) -> None:
     spec = spec_of(base, "q_proj")
     jobs = [

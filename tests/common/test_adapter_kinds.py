@@ -162,10 +162,18 @@ def test_the_kind_of_the_personal_adapter_changes_nothing_of_the_federation(
     made = [personal_settings(run, facts, "LaMP_3") for run in runs]
     specs = [personal_spec(facts, one.adapter) for one in made]
     assert [type(spec) for spec in specs] == [AdapterSpec, Ia3Spec, PromptSpec]
-    rates = [one.training.learning_rate for one in made]
-    assert rates[1] is not None
-    assert rates[2] is not None
-    assert rates[0] != rates[2] > rates[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters", "rate"),
+    [("ia3", 10**6, 3e-2), ("ia3", 10**9, 3e-3), ("prompt", 10**6, 3e-2), ("prompt", 10**9, 3e-2)],
+)
+def test_a_kind_has_a_learning_rate_of_its_own(
+    tiny_base: Path, kind: str, parameters: int, rate: float
+) -> None:
+    facts = replace(read_base(tiny_base), num_parameters=parameters)
+    run = load_run_config([f"personal.adapter.kind={kind}"])
+    assert personal_settings(run, facts, "LaMP_3").training.learning_rate == rate
 
 
 def test_a_learning_rate_that_is_set_is_kept(tiny_base: Path) -> None:
