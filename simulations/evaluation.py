@@ -160,13 +160,13 @@ def _score(
     """The arms of each group, in the order of the groups, one group at a time."""
     groups = _groups(work)
     ledger = Ledger(work.folder / "groups" / "scored", groups)
-    count = work.run.personal.wrong_users
+    count, own = work.run.personal.wrong_users, "prior_shift" in chosen_arms(work.run)
     wrong = wrong_users(work.users.target, count, randomness=work.randomness)
 
     def reference(number: int) -> ScoreGroup:
         users = groups[number]
         others = {user: wrong(user) for user in users} if wrong else {}
-        return ScoreGroup(users, arms, work.shared, work.adapters, others)
+        return ScoreGroup(users, arms, work.shared, work.adapters, others, own=own)
 
     def record(answers: GroupAnswers) -> list[dict[str, Any]]:
         return [_as_data(arm) for arm in _arms(work, answers)]

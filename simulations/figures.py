@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -21,9 +21,11 @@ from matplotlib.ticker import MaxNLocator
 from fedoppu.simulations.report_data import RoundPoint
 from fedoppu.simulations.table import Row
 
+T = TypeVar("T")
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8A8A8A", "#222222"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 DASHES = ("-", "--", "-.", ":")
+MOST = 500  # users that a figure draws: more than it has pixels for, and each takes kilobytes
 WIDTH = 5.2  # inches at 72 points: 374 pixels
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "fedoppu",
@@ -133,16 +135,17 @@ def _round_lines(
 
 def users(each: Sequence[float], unit: str) -> str:
     """Each user's gain, sorted: how many are helped, how many harmed, and by how much."""
-    gains = sorted(each)
+    ordered = sorted(each)
+    places, gains = list(_spread(range(1, len(ordered) + 1))), list(_spread(ordered))
     with matplotlib.rc_context(STYLE):
         sheet = _sheet((1.9,))
         axes = sheet.axes[0]
         colours = [BLUE if gain > 0 else ORANGE for gain in gains]
-        axes.bar(range(1, len(gains) + 1), gains, width=0.9, color=colours)
+        axes.bar(places, gains, width=0.9 * len(ordered) / len(gains), color=colours)
         axes.axhline(0, color=INK, linewidth=0.8)
-        axes.set_xlabel(f"{len(gains)} users, from the most harmed to the most helped")
+        axes.set_xlabel(f"{_shown(len(ordered))}, from the most harmed to the most helped")
         axes.set_ylabel(f"gain in {unit}")
-        axes.set_xlim(0.4, len(gains) + 0.6)
+        axes.set_xlim(0.4, len(ordered) + 0.6)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         return _svg(sheet.figure, f"Gain in {unit} of each user, sorted")
 
@@ -153,8 +156,10 @@ def by_length(points: Sequence[Length], unit: str) -> str:
     with matplotlib.rc_context(STYLE):
         sheet = _sheet((2.2,))
         axes = sheet.axes[0]
-        lengths, gains = [p.items for p in ordered], [p.gain for p in ordered]
-        axes.scatter(lengths, gains, s=14, color=BLUE, alpha=0.6, linewidths=0, label="a user")
+        shown = _spread(ordered)
+        lengths, gains = [p.items for p in shown], [p.gain for p in shown]
+        name = "a user" if len(shown) == len(ordered) else f"one user of {len(ordered):,}"
+        axes.scatter(lengths, gains, s=14, color=BLUE, alpha=0.6, linewidths=0, label=name)
         axes.axhline(0, color=GREY, linewidth=0.8)
         for index, third in enumerate(_thirds(ordered)):
             ends = [third[0].items, third[-1].items]
@@ -165,6 +170,17 @@ def by_length(points: Sequence[Length], unit: str) -> str:
         axes.set_ylabel(f"gain in {unit}")
         sheet.figure.legend(loc="outside lower center", ncols=2)
         return _svg(sheet.figure, f"Gain in {unit} by length of the own history")
+
+
+def _spread(ordered: Sequence[T]) -> Sequence[T]:
+    """All, or `MOST` of them at even distances, the first and the last among them."""
+    if len(ordered) <= MOST:
+        return ordered
+    return [ordered[round(place * (len(ordered) - 1) / (MOST - 1))] for place in range(MOST)]
+
+
+def _shown(count: int) -> str:
+    return f"{count} users" + (f" ({MOST} are drawn)" if count > MOST else "")
 
 
 def _thirds(ordered: Sequence[Length]) -> list[Sequence[Length]]:

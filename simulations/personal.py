@@ -72,6 +72,7 @@ class ScoreGroup:
         shared: Folder of the shared adapter.
         adapters: Folder that holds "{arm}/{user}".
         wrong: User: other users whose personal adapters are tried, each alone; empty for no control.
+        own: Whether shared is asked about the own histories too.
     """
 
     users: tuple[str, ...]
@@ -79,6 +80,7 @@ class ScoreGroup:
     shared: Path
     adapters: Path
     wrong: Mapping[str, tuple[str, ...]]
+    own: bool = True
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def score_group(worker: Worker, group: ScoreGroup) -> GroupAnswers:
     answers = {user: _own_answers(worker, user) for user in group.users}
     own = (
         {user: _own_history(worker, user, shared) for user in group.users}
-        if "shared" in group.arms
+        if "shared" in group.arms and group.own
         else {}
     )
     return GroupAnswers(

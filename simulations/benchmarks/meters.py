@@ -170,15 +170,19 @@ class TreeCost:
     exit_code: int
 
 
-def run_tree(command: Sequence[str], env: Mapping[str, str] | None = None) -> TreeCost:
+def run_tree(
+    command: Sequence[str], env: Mapping[str, str] | None = None, *, quiet: bool = False
+) -> TreeCost:
     """Runs a command to its end and measures it with its descendants (Linux).
 
     Args:
         command: Program and arguments.
         env: Its environment; this one's by default.
+        quiet: Its standard output goes nowhere; errors are still seen.
     """
     begun = time.monotonic()
-    process = subprocess.Popen(command, env=env)  # noqa: S603  # the benchmark's own command
+    output = subprocess.DEVNULL if quiet else None
+    process = subprocess.Popen(command, env=env, stdout=output)  # noqa: S603  # the benchmark's own
     peak = [0]
     ended = threading.Event()
 

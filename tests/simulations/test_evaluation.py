@@ -194,6 +194,7 @@ def test_only_what_the_chosen_arms_need_is_trained_and_answered(
     found = evaluate(with_run(work, f"arms={arms}"), executor, QUIET)
     assert {group.arms for group in executor.trained} == ({trained} if trained else set())
     assert {group.arms for group in executor.scored} == {scored}
+    assert {group.own for group in executor.scored} == {"prior_shift" in arms}
     assert {arm.arm for arm in found} == set(arms.split(","))
 
 

@@ -248,6 +248,15 @@ def test_a_figure_is_one_described_svg_and_always_the_same() -> None:
     assert "personal − shared" in first  # noqa: RUF001 (a minus sign)
 
 
+def test_of_thousands_of_users_a_figure_draws_some_and_says_so() -> None:
+    few, many = [figures.users([0.1 * n for n in range(size)], "loss") for size in (500, 4000)]
+    assert "500 users, from the most harmed" in few
+    assert "4000 users (500 are drawn)" in many
+    assert len(many) < 1.2 * len(few)
+    points = [figures.Length(items, 0.1) for items in range(4000)]
+    assert "one user of 4,000" in figures.by_length(points, "loss")
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_gains_by_length_are_averaged_in_thirds_of_the_users(count: int) -> None:
     points = [figures.Length(items, 0.1 * items) for items in range(count)]
