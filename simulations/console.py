@@ -13,6 +13,7 @@ from fedoppu.server.metrics import privacy_text, read_privacy
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
+LINES = 200  # about as many tell of one stage, however many groups it has
 FILE_WIDTH = 100  # of a table that goes to a file or a pipe
 
 
@@ -78,10 +79,10 @@ class Console:
         """
         begun = time.monotonic()
         for done, result in enumerate(work, before + 1):
-            left = (time.monotonic() - begun) / (done - before) * (total - done)
-            self.say(
-                f"  {name} {done}/{total}" + (f"  about {left:.0f} s left" if done < total else "")
-            )
+            if done in (before + 1, total) or done % max(1, total // LINES) == 0:
+                left = (time.monotonic() - begun) / (done - before) * (total - done)
+                more = f"  about {left:.0f} s left" if done < total else ""
+                self.say(f"  {name} {done}/{total}{more}")
             yield result
 
 

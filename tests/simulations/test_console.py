@@ -75,6 +75,17 @@ def test_steps_that_were_done_before_tell_nothing_of_the_time(
     assert second == "  groups 8/9  about 10 s left"
 
 
+def test_thousands_of_steps_are_told_in_some_hundred_lines(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    done = list(Console(progress=True, table=True).steps("groups", range(2501), 2501))
+    told = capsys.readouterr().err.splitlines()
+    assert len(done) == 2501
+    assert 200 <= len(told) <= 220
+    assert told[0].startswith("  groups 1/2501")
+    assert told[-1] == "  groups 2501/2501"
+
+
 def test_a_round_says_what_is_left_of_the_shared_phase(capsys: pytest.CaptureFixture[str]) -> None:
     Console(progress=True, table=True).round_done(RECORD, 12, left=61.4)
     assert capsys.readouterr().err.endswith("held-out loss 1.234  about 61 s left\n")
