@@ -29,6 +29,7 @@ from fedoppu.common.errors import DataError, ProtocolError, UsageError
 from fedoppu.common.vectors import read_vector, write_vector
 from fedoppu.server.metrics import RoundRecord
 
+_RESTORE = "restore it; a simulation does it again if it and the rounds after it are deleted"
 RECORD, VECTOR, ATTEMPT, PRIVATE = "round.json", "shared.npy", "attempt.json", "private"
 
 
@@ -113,14 +114,19 @@ class CheckpointStore:
         try:
             adapter = self._adapter((folder / VECTOR).read_bytes())
         except (OSError, ProtocolError) as error:
-            raise DataError(f"{folder} is not a committed round: {type(error).__name__}") from None
+            raise DataError(
+                f"{folder} is not a committed round: {type(error).__name__}", hint=_RESTORE
+            ) from None
         if head["config_hash"] != self._config_hash:
             raise UsageError(
                 f"{folder} belongs to a federation with another configuration",
                 hint="give another out folder, or the settings that the run began with",
             )
         if adapter.digest() != record.model_hash:
-            raise DataError(f"{folder / VECTOR} was changed: its digest is not that of its record")
+            raise DataError(
+                f"{folder / VECTOR} was changed: its digest is not that of its record",
+                hint=_RESTORE,
+            )
         return RoundCheckpoint(head["run_id"], head["config_hash"], adapter, record)
 
     def _record(self, round_number: int) -> tuple[Mapping[str, Any], RoundRecord]:
@@ -130,7 +136,9 @@ class CheckpointStore:
             head = json.loads((folder / RECORD).read_bytes())
             return head, RoundRecord.from_data(head["record"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder} is not a committed round: {type(error).__name__}") from None
+            raise DataError(
+                f"{folder} is not a committed round: {type(error).__name__}", hint=_RESTORE
+            ) from None
 
     def _adapter(self, data: bytes) -> Adapter:
         spec = self._initial.spec

@@ -207,3 +207,20 @@ def test_what_was_spent_of_a_privacy_budget_is_charged_once(tmp_path: Path) -> N
     assert len(json.loads(charges.read_bytes())) == 3
     assert command("--resume", str(folder), "-q").exit_code == 0
     assert results(folder) == results(whole)
+
+
+@pytest.mark.parametrize("file", ["round.json", "shared.npy"])
+def test_a_round_that_was_cut_is_named_with_a_remedy_that_works(tmp_path: Path, file: str) -> None:
+    start = [*LEAST, "rounds=2", "base_users=4", "cohort=2", "shared.training.newest=1"]
+    folder = finish(settings(f"out={tmp_path / 'run'}", start=start))
+    whole = results(folder)
+    (folder / "report.html").unlink()
+    cut = next(folder.glob(f"seed-0/*/*/rounds/0002/{file}"))
+    cut.write_bytes(cut.read_bytes()[:20])
+    ended = command("--resume", str(folder), "-q")
+    assert ended.exit_code == 1
+    assert f"error: {cut.parent} is not a committed round: " in ended.stderr
+    assert "hint: restore it; a simulation does it again" in ended.stderr
+    shutil.rmtree(cut.parent)
+    assert command("--resume", str(folder), "-q").exit_code == 0
+    assert results(folder) == whole
