@@ -25,7 +25,7 @@ from fedoppu.common.config import RunConfig, as_flat, load_run_config, to_yaml
 from fedoppu.common.errors import UsageError
 
 CONFIG, MARK, LAST = "config.yaml", "run.json", "report.html"
-FORMAT = 1  # of the folder; another one cannot be resumed
+FORMAT = 2  # of the folder; another one cannot be resumed
 # where the groups are worked on: no result depends on it
 PLACE = ("workers", "engine", "ray")
 
