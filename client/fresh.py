@@ -5,8 +5,8 @@ from numpy.typing import NDArray
 
 from fedoppu.client.model import LoadedBase
 from fedoppu.common.adapter_kinds import Ia3Spec, PromptSpec, initial_ia3, initial_prompt
+from fedoppu.common.adapter_settings import PersonalAdapterSettings
 from fedoppu.common.adapters import Adapter, AdapterSpec, initial_adapter
-from fedoppu.common.config import PersonalAdapterSettings
 from fedoppu.common.defaults import personal_spec
 from fedoppu.common.errors import UsageError
 from fedoppu.common.randomness import Randomness

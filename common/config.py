@@ -7,36 +7,23 @@ agree on: its canonical bytes travel in the first message and their hash is in e
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from omegaconf import OmegaConf
 
+from fedoppu.common.adapter_settings import AdapterSettings, PersonalAdapterSettings
 from fedoppu.common.errors import UsageError
 from fedoppu.common.merging import as_meant, build, read_dotlist, read_yaml
 from fedoppu.common.setting_checks import INTERPOLATION, check_settings
+from fedoppu.common.setting_checks import require as require  # every module of settings has it
 
-AdapterKind = Literal["lora", "ia3", "prompt"]
 Device = Literal["auto", "cpu", "cuda"]
 Aggregation = Literal["ffa", "fedavg", "alternating"]
 Examples = Literal["queries", "history", "both"]
 ProfileKind = Literal["none", "template", "llm"]
-INFINITE = float("inf")
 TASKS = ("LaMP_1", "LaMP_2N", "LaMP_2M", "LaMP_3", "LaMP_4", "LaMP_5", "LaMP_7")
-
-
-def require(name: str, value: float | None, low: float, high: float = INFINITE) -> None:
-    """Checks low <= value <= high, and that it is finite; None passes.
-
-    Raises:
-        UsageError: The value is out of the range; the message names it and the bound.
-    """
-    if value is None or (low <= value <= high and value != INFINITE):
-        return
-    bound = f"at least {low:g}" if high == INFINITE else f"between {low:g} and {high:.9g}"
-    finite = "finite and " if value == high == INFINITE else ""
-    raise UsageError(f"{name} must be {finite}{bound}, got {value}")
 
 
 def _require_different(name: str, values: Sequence[object]) -> None:
@@ -45,74 +32,6 @@ def _require_different(name: str, values: Sequence[object]) -> None:
         raise UsageError(
             f"{name} must be one value or several different ones, got {', '.join(given) or 'nothing'}"
         )
-
-
-@dataclass(frozen=True)
-class AdapterSettings:
-    """Shape of a LoRA adapter; None is replaced by the default for the task and the size of the base.
-
-    Attributes:
-        targets: Endings of the names of the adapted modules, or all-linear.
-        rank: Columns of B; at least 1.
-        alpha: The update is scaled by alpha / rank.
-    """
-
-    targets: tuple[str, ...] | None = None
-    rank: int = 8
-    alpha: float = 8.0
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        require("adapter.rank", self.rank, 1, 4096)
-        require("adapter.alpha", self.alpha, 1e-6)
-
-
-# settings of a personal adapter that one kind alone has, or two
-KIND_SETTINGS = {
-    "targets": ("lora", "ia3"),
-    "rank": ("lora",),
-    "alpha": ("lora",),
-    "feedforward": ("ia3",),
-    "tokens": ("prompt",),
-    "text": ("prompt",),
-}
-
-
-@dataclass(frozen=True)
-class PersonalAdapterSettings:
-    """Kind and shape of a personal adapter; None is replaced by the default for the kind, the task and the base.
-
-    Attributes:
-        kind: lora; ia3: vectors that scale keys, values and the input of the MLP's last layer; prompt: virtual tokens
-            before the text.
-        targets: lora, ia3: endings of the names of the adapted modules, or all-linear.
-        rank: lora: columns of B; at least 1.
-        alpha: lora: the update is scaled by alpha / rank.
-        feedforward: ia3: endings of the names of those targets whose input is scaled instead of the output.
-        tokens: prompt: number of virtual tokens; at least 1.
-        text: prompt: they begin as the embeddings of this text, repeated or cut; empty draws tokens of the vocabulary.
-    """
-
-    kind: AdapterKind = "lora"
-    targets: tuple[str, ...] | None = None
-    rank: int = 8
-    alpha: float = 8.0
-    feedforward: tuple[str, ...] = ("down_proj",)
-    tokens: int = 20
-    text: str = ""
-
-    def __post_init__(self) -> None:
-        """Check the ranges, and that nothing is set that the kind does not have."""
-        require("adapter.rank", self.rank, 1, 4096)
-        require("adapter.alpha", self.alpha, 1e-6)
-        require("adapter.tokens", self.tokens, 1, 4096)
-        for item in fields(self):
-            kinds = KIND_SETTINGS.get(item.name, (self.kind,))
-            if self.kind not in kinds and vars(self)[item.name] != item.default:
-                raise UsageError(
-                    f"personal.adapter.kind={self.kind} has no {item.name}, got {vars(self)[item.name]}",
-                    hint=f"set personal.adapter.kind={kinds[0]}, or leave {item.name} out",
-                )
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,13 @@ import math
 from dataclasses import dataclass, replace
 
 from fedoppu.common.adapter_kinds import Ia3Spec, PromptSpec
+from fedoppu.common.adapter_settings import AdapterKind, AdapterSettings, PersonalAdapterSettings
 from fedoppu.common.adapters import AdapterSpec, Spec
 from fedoppu.common.base import BaseFacts
 from fedoppu.common.config import (
-    AdapterKind,
-    AdapterSettings,
     Aggregation,
     EncodingSettings,
     FederationConfig,
-    PersonalAdapterSettings,
     PersonalSettings,
     PrivacySettings,
     RunConfig,

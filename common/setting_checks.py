@@ -17,6 +17,20 @@ from fedoppu.common.errors import UsageError
 
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 INTERPOLATION = "${"
+INFINITE = float("inf")
+
+
+def require(name: str, value: float | None, low: float, high: float = INFINITE) -> None:
+    """Checks low <= value <= high, and that it is finite; None passes.
+
+    Raises:
+        UsageError: The value is out of the range; the message names it and the bound.
+    """
+    if value is None or (low <= value <= high and value != INFINITE):
+        return
+    bound = f"at least {low:g}" if high == INFINITE else f"between {low:g} and {high:.9g}"
+    finite = "finite and " if value == high == INFINITE else ""
+    raise UsageError(f"{name} must be {finite}{bound}, got {value}")
 
 
 def check_settings(schema: type, values: Mapping[Any, Any]) -> None:

@@ -118,9 +118,7 @@ def open_worker(spec: WorkerSpec) -> Worker:
         config=config,
         task=task,
         base=base,
-        trainer=BatchedTrainer(
-            base, group=spec.group_users, checkpointing=spec.checkpointing
-        ),
+        trainer=BatchedTrainer(base, group=spec.group_users, checkpointing=spec.checkpointing),
         predictor=BatchedPredictor(base),
         prompts=prompts,
         users=VirtualUsers(spec.users),

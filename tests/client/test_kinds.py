@@ -20,8 +20,8 @@ from fedoppu.client.prediction import BatchedPredictor
 from fedoppu.client.training import BatchedTrainer
 from fedoppu.common.adapter_files import load_adapter, save_adapter
 from fedoppu.common.adapter_kinds import Ia3Spec, PromptSpec, initial_ia3
+from fedoppu.common.adapter_settings import AdapterKind, PersonalAdapterSettings
 from fedoppu.common.adapters import Adapter, Spec
-from fedoppu.common.config import AdapterKind, PersonalAdapterSettings
 from fedoppu.common.errors import AdapterError, BaseModelError, DataError, UsageError
 from fedoppu.common.randomness import Randomness
 from tests.client.engine import (
