@@ -168,7 +168,8 @@ def test_gradients_of_one_step_equal_those_of_autograd_through_peft(
         expected = plan.job.start.spec.flatten(
             {n: p.grad.float().numpy() for n, p in user.parameters.items() if p.grad is not None}
         )
-        assert relative(found, expected) <= 1e-6
+        # autograd's own rounding is at 1e-6 for some weights: there ours is held to the same order
+        assert relative(found, expected) <= max(1e-6, 1.5 * relative(other, expected))
         assert relative(found, other) <= 2e-6
 
 

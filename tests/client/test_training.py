@@ -166,13 +166,23 @@ def test_gradients_of_one_step_equal_those_of_autograd_through_peft(
         for job in [fresh_job(spec, i, 4, *frozen)]
     ]
     for job, found in zip(jobs, gradients_of_one_step(base, jobs), strict=True):
-        user = PeftUser(base, job, torch.float32)
-        torch.autograd.backward(user.loss(job.examples))
-        gradients = {
-            name: p.grad.numpy() for name, p in user.parameters.items() if p.grad is not None
-        }
-        expected = spec.flatten(gradients)
-        assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected)
+        expected, exact = (
+            peft_gradient(base, job, dtype) for dtype in (torch.float32, torch.float64)
+        )
+        # peft's own rounding is at 1e-6 for some weights: there ours is held to the same order
+        rounding = np.linalg.norm(expected - exact) / np.linalg.norm(exact)
+        distance = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+        assert distance <= max(bound, 1.5 * rounding)
+
+
+def peft_gradient(base: LoadedBase, job: ClientJob, dtype: torch.dtype) -> NDArray[np.float32]:
+    """Of one step over all examples of a job, by autograd through peft."""
+    user = PeftUser(base, job, dtype)
+    torch.autograd.backward(user.loss(job.examples))
+    gradients = {
+        name: p.grad.float().numpy() for name, p in user.parameters.items() if p.grad is not None
+    }
+    return job.start.spec.flatten(gradients)
 
 
 def test_only_answer_tokens_are_in_the_loss(base: LoadedBase) -> None:
