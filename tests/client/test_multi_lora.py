@@ -83,9 +83,7 @@ def test_an_empty_stack_is_the_base(base: LoadedBase) -> None:
     tokens = some_rows(3)
     with torch.no_grad():
         expected = base.model(tokens).logits[:, -1]
-    assert torch.allclose(
-        last_logits(base, tokens, stacked([(), (), ()])), expected, atol=1e-6
-    )
+    assert torch.allclose(last_logits(base, tokens, stacked([(), (), ()])), expected, atol=1e-6)
 
 
 def test_a_fresh_adapter_gives_exactly_the_logits_without_it(

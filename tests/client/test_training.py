@@ -170,8 +170,8 @@ def test_gradients_of_one_step_equal_those_of_autograd_through_peft(
             peft_gradient(base, job, dtype) for dtype in (torch.float32, torch.float64)
         )
         # peft's own rounding is at 1e-6 for some weights: there ours is held to the same order
-        rounding = np.linalg.norm(expected - exact) / np.linalg.norm(exact)
-        distance = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+        rounding = float(np.linalg.norm(expected - exact) / np.linalg.norm(exact))
+        distance = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
         assert distance <= max(bound, 1.5 * rounding)
 
 
