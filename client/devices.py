@@ -31,6 +31,15 @@ def chosen_device(wanted: Device) -> torch.device:
     return torch.device("cuda") if available and wanted != "cpu" else CPU
 
 
+def settled(wanted: Device) -> Device:
+    """The same as a setting, never auto: a run keeps it, since its bytes are those of its device.
+
+    Raises:
+        UsageError: CUDA was asked for, and torch finds none.
+    """
+    return "cuda" if chosen_device(wanted).type == "cuda" else "cpu"
+
+
 def make_deterministic(device: torch.device) -> None:
     """From now on this process computes the same bytes from the same input, on CUDA too.
 

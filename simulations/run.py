@@ -17,12 +17,13 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fedoppu.client.base_checks import generic_because, require_chat_template
+from fedoppu.client.devices import settled
 from fedoppu.client.model import resolve_base
 from fedoppu.client.tasks import TASKS
 from fedoppu.common.adapter_files import save_adapter
@@ -70,6 +71,7 @@ def simulate(run: RunConfig, console: Console) -> dict[str, Any]:
     Raises:
         FedoppuError: A setting, a record or a client stopped the run; the message says which.
     """
+    run = replace(run, device=settled(run.device))
     base = _checked(run, place=run)
     folder = Path(run.out or f"runs/{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}")
     with held(folder):
@@ -172,6 +174,7 @@ def _checked(run: RunConfig, *, place: RunConfig) -> BaseFacts:
         raise UsageError(
             f"there is no data at {run.data}", hint="data= takes a folder of LaMP records"
         )
+    settled(place.device)
     base = resolve_base(run.base)
     if run.prompt.style == "chat":
         require_chat_template(base)

@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedoppu.common.adapter_files import load_adapter
 from fedoppu.common.config import load_run_config
@@ -139,6 +140,20 @@ def test_the_report_opens_without_network(small_run: Path) -> None:
     assert "<html" in page
     assert 'src="http' not in page
     assert 'href="http' not in page
+
+
+def test_a_run_keeps_the_device_that_was_chosen_for_it(tmp_path: Path) -> None:
+    """Resumed on another machine, auto could mean another device, and so other bytes."""
+    chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = finish(settings("device=auto", f"out={tmp_path / 'run'}", start=LEAST))
+    assert load_run_config(file=folder / "config.yaml").device == chosen
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_that_is_not_there_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="torch finds no CUDA device"):
+        finish(settings("device=cuda", f"out={tmp_path / 'run'}", start=LEAST))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
