@@ -17,7 +17,7 @@ from fedoppu.common.randomness import encode_key
 IDENTITY_BYTES = 32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Member:
     """One enrolled member.
 

@@ -5,7 +5,7 @@ where a personal adapter must do no better than another user's; leaking the quer
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from fedoppu.simulations.console import Console
 from fedoppu.simulations.population import generate
 from fedoppu.simulations.run import simulate
 from fedoppu.simulations.table import read_table
-from fedoppu.simulations.users import FACTS
+from fedoppu.simulations.users import FACTS, ORACLE
 from fedoppu.simulations.virtual_users import write_users
 
 TASK, SEED, USERS, BASE_USERS, QUERIES = "LaMP_2N", 1, 40, 12, 20
@@ -59,14 +59,18 @@ def with_queries(user: LampUser) -> LampUser:
     return replace(user, history=(*user.history, *leaked))
 
 
-def write(folder: Path, target: Iterable[LampUser], base: Iterable[LampUser]) -> None:
+def write(folder: Path, target: Sequence[LampUser], base: Iterable[LampUser]) -> None:
     facts: dict[str, object] = {
-        "oracle": [],
         "recalled": None,
         "recalled_from_queries": 0,
         "notes": [],
     }
     write_users(folder, target, base)
+    golds = [
+        {"user": user.user_id, "answers": {q.id: q.fields["gold"] for q in user.queries}}
+        for user in target
+    ]
+    (folder / ORACLE).write_text("".join(json.dumps(line) + "\n" for line in golds))
     (folder / FACTS).write_text(json.dumps(facts))
 
 
