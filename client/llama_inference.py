@@ -11,7 +11,7 @@ What makes it fast, each exact:
    (`llama_decoding`).
 
 Queries in one pass do not see each other, but the rounding of products depends on how many rows
-they have: with other batch mates a score differs by float rounding, about 1e-6 nats in float32.
+they have: with other batch mates a score differs by that (`prediction` has figures).
 """
 
 from collections.abc import Iterator, Sequence

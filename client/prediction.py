@@ -2,8 +2,8 @@
 
 Queries whose stacks have the same specs share a pass, whoever's adapters they are (`inference` says
 how). Scores are exact: each is the sum over all tokens of a label. The same queries in the same order
-give the same bytes; another set of queries may change how products are rounded, in float32 by about
-1e-6 nats a label, in bfloat16 by a few hundredths.
+give the same bytes; another set of queries may change how products are rounded: of labels with 28
+nats, by at most 6e-6 in float32 and .11 in bfloat16, where 99 of 100 moved by less than .06.
 """
 
 from collections.abc import Callable, Iterator, Sequence
