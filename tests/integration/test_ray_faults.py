@@ -1,7 +1,8 @@
 """engine=ray when something is killed: the run itself, its head, or every process of one group.
 
 What a run starts is told by who started it, and followed by process number: other Rays of the
-machine do not matter. Everything is waited for until it is seen.
+machine do not matter. Everything is waited for until it is seen. Those that wait minutes for Ray to
+notice are `long`.
 """
 
 import os
@@ -94,7 +95,7 @@ def begun(folder: Path, *place: str) -> Iterator[subprocess.Popen[str]]:
         run.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_a_run_that_is_ended_leaves_no_task_behind_and_is_resumed_anywhere(
     tmp_path: Path, reference: Path, sign: signal.Signals, code: int
@@ -143,7 +144,7 @@ def head(folder: str) -> Iterator[tuple[str, set[int]]]:
         process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_head_that_goes_away_ends_the_run_in_one_line_and_it_goes_on_elsewhere(
     tmp_path: Path, reference: Path
 ) -> None:
