@@ -4,14 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedoppu.client.devices import on_device
 from fedoppu.client.llama_ops import adapt
-from fedoppu.client.multi_lora import Level
+from fedoppu.client.multi_lora import Level, pick, side_by_side
 
 Indices = NDArray[np.int64]
 
@@ -56,9 +54,9 @@ class PackedAdapters:
     def _add(self, output: Tensor, x: Tensor, levels: Sequence[Level], name: str) -> Tensor:
         """Levels side by side along the rank, so that each user costs two small products."""
         first, spans = self._runs(levels)
-        a = [_pick(level.factors[name].a, level.slots[first]) for level in levels]
-        b = [_pick(level.factors[name].b, level.slots[first]) * level.scale for level in levels]
-        return adapt(output, x, _cat(a, 1), _cat(b, 2), spans)
+        a = [pick(level.factors[name].a, level.slots[first]) for level in levels]
+        b = [pick(level.factors[name].b, level.slots[first]) * level.scale for level in levels]
+        return adapt(output, x, side_by_side(a, 1), side_by_side(b, 2), spans)
 
     def _mask(self, dropout: Callable[[str], Tensor], name: str, rows: int) -> Tensor:
         """(rows, in) of the tokens that this pass is about; those of padding are dropped."""
@@ -73,16 +71,3 @@ class PackedAdapters:
         changes = np.flatnonzero((slots[1:] != slots[:-1]).any(axis=1)) + 1
         first = np.concatenate([np.zeros(1, np.int64), changes])
         return first, (*self.starts[first].tolist(), int(self.starts[-1]))
-
-
-def _pick(stacked: Tensor, slots: Indices) -> Tensor:
-    """(runs, ...) the adapters of some runs, without a copy where it can be avoided."""
-    if len(stacked) == 1:  # one for all, as the frozen A of a federation's users
-        return stacked.expand(len(slots), -1, -1)
-    if np.array_equal(slots, np.arange(len(stacked))):
-        return stacked
-    return stacked.index_select(0, on_device(slots, stacked.device))
-
-
-def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

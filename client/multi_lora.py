@@ -255,13 +255,13 @@ def _block_starts(levels: Sequence[Level]) -> Slots:
     return starts if (lengths == lengths[0]).all() else np.arange(len(slots))
 
 
-def _pick(stacked: Tensor, slots: Slots) -> Tensor:
+def pick(stacked: Tensor, slots: Slots) -> Tensor:
     """The adapters of some blocks, (blocks, ...), without a copy where it can be avoided."""
-    if len(stacked) == 1:
+    if len(stacked) == 1:  # one for all, as the frozen A of a federation's users
         return stacked.expand(len(slots), -1, -1)
     if np.array_equal(slots, np.arange(len(stacked))):
         return stacked
-    return stacked[on_device(slots, stacked.device)]
+    return stacked.index_select(0, on_device(slots, stacked.device))
 
 
 @dataclass(frozen=True)
@@ -288,20 +288,20 @@ class _Delta:
         starts = _block_starts(levels)
         plain = [level for level in levels if level.dropout is None]
         dropped = [level for level in levels if level.dropout is not None]
-        a = [_pick(level.factors[name].a, level.slots[starts]) for level in (*plain, *dropped)]
-        b = [_pick(level.factors[name].b, level.slots[starts]) for level in (*plain, *dropped)]
+        a = [pick(level.factors[name].a, level.slots[starts]) for level in (*plain, *dropped)]
+        b = [pick(level.factors[name].b, level.slots[starts]) for level in (*plain, *dropped)]
         inputs = [
             (level.dropout, part) for level, part in zip(dropped, a[len(plain) :], strict=True)
         ]
         if plain:
-            inputs.insert(0, (None, _cat(a[: len(plain)], 1)))
+            inputs.insert(0, (None, side_by_side(a[: len(plain)], 1)))
         ranks = [part.shape[1] for part in a]
         scales = np.repeat([level.scale for level in (*plain, *dropped)], ranks)
         return cls(
             name=name,
             rows=len(levels[0].slots),
             inputs=tuple(inputs),
-            b=_cat(b, 2),
+            b=side_by_side(b, 2),
             scales=None if (scales == 1.0).all() else on_device(scales, b[0].device).float(),
         )
 
@@ -309,7 +309,7 @@ class _Delta:
         """The output of the module for input x (rows, tokens, in), with the adapters' part."""
         require_rows(self.name, x, self.rows)
         blocks = len(self.b)
-        inner = _cat([self._inner(x, dropout, a) for dropout, a in self.inputs], 2)
+        inner = side_by_side([self._inner(x, dropout, a) for dropout, a in self.inputs], 2)
         if self.scales is not None:
             inner = inner * self.scales
         if output.dtype == torch.float32:
@@ -325,5 +325,6 @@ class _Delta:
         return torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.transpose(1, 2))
 
 
-def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+def side_by_side(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """The tensors along a dimension, without a copy of a single one."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

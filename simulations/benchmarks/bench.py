@@ -115,6 +115,18 @@ def check_target(path: Path) -> None:
         )
 
 
+def check_options(json: Path | None, pairs: int) -> None:
+    """Refuses what would fail after minutes of measuring.
+
+    Raises:
+        UsageError: There is no pair, or the file could not be written.
+    """
+    if pairs < 1:
+        raise UsageError(f"--pairs must be at least 1, got {pairs}")
+    if json is not None:
+        check_target(json)
+
+
 def write_result(path: Path, rows: Sequence[Row], machine: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the file whole or not at all, and returns what is in it."""
     result = {

@@ -12,7 +12,7 @@ import typer
 
 from fedoppu.common.cli import run_command
 from fedoppu.common.errors import UsageError
-from fedoppu.simulations.benchmarks.bench import check_target, measure
+from fedoppu.simulations.benchmarks.bench import check_options, measure
 from fedoppu.simulations.benchmarks.personal_settings import even_settings
 
 SHAPES = ("tiny", "house", "pocket")
@@ -37,7 +37,7 @@ def benchmark(
 
     def command() -> dict[str, Any]:
         shapes = _shapes(shape)
-        _check(json, pairs)
+        check_options(json, pairs)
         even_settings()
         # torch is loaded after the threads are set
         from fedoppu.simulations.benchmarks.decoding_rows import Scope, decoding_rows
@@ -58,13 +58,6 @@ def _shapes(names: str) -> tuple[str, ...]:
     if unknown:
         raise UsageError(f"--shape must be of {', '.join(SHAPES)}, got {unknown[0]}")
     return shapes
-
-
-def _check(json: Path | None, pairs: int) -> None:
-    if pairs < 1:
-        raise UsageError(f"--pairs must be at least 1, got {pairs}")
-    if json is not None:
-        check_target(json)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ from typing import Annotated, Any, cast
 import typer
 
 from fedoppu.common.cli import run_command
-from fedoppu.simulations.benchmarks.bench import measure
+from fedoppu.simulations.benchmarks.bench import check_options, measure
 from fedoppu.simulations.benchmarks.personal_phase import (
     PACKAGES,
-    check_options,
     folders_of,
     shapes_of,
     tell,

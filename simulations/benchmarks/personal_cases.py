@@ -200,6 +200,11 @@ def _write_random(folder: Path, size: Size) -> None:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
     )
+    write_llama(folder, config)
+
+
+def write_llama(folder: Path, config: LlamaConfig) -> int:
+    """Writes a Llama of random weights with the embedded base's tokenizer; returns its parameters."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
@@ -208,6 +213,7 @@ def _write_random(folder: Path, size: Size) -> None:
     config.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         shutil.copy(POCKET / name, folder / name)
+    return int(model.num_parameters())
 
 
 # --- users ---------------------------------------------------------------------------------------

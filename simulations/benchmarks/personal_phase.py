@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fedoppu.common.cli import run_command
 from fedoppu.common.errors import UsageError
-from fedoppu.simulations.benchmarks.bench import check_target, measure
+from fedoppu.simulations.benchmarks.bench import check_options, measure
 from fedoppu.simulations.benchmarks.personal_settings import even_settings
 
 SHAPES = ("tiny", "house", "small", "135m")
@@ -91,18 +91,6 @@ def folders_of(given: Sequence[str]) -> dict[str, Path]:
         if name not in SHAPES or not folder:
             raise UsageError(f"--base takes SHAPE=FOLDER, a shape of {', '.join(SHAPES)}")
     return {name: Path(folder) for name, _, folder in parts}
-
-
-def check_options(json: Path | None, pairs: int) -> None:
-    """Refuses what would fail after minutes of measuring.
-
-    Raises:
-        UsageError: There is no pair, or the file could not be written.
-    """
-    if pairs < 1:
-        raise UsageError(f"--pairs must be at least 1, got {pairs}")
-    if json is not None:
-        check_target(json)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ from rich.console import Console
 
 from fedoppu.common.cli import run_command
 from fedoppu.common.config import require
-from fedoppu.simulations.benchmarks.bench import measure
+from fedoppu.simulations.benchmarks.bench import check_options, measure
 from fedoppu.simulations.benchmarks.others import require_packages
-from fedoppu.simulations.benchmarks.personal_phase import check_options
 from fedoppu.simulations.benchmarks.personal_settings import even_settings
 
 PACKAGES = ("fedoppu", "numpy", "rank-bm25", "bm25s")

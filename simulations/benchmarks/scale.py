@@ -25,7 +25,7 @@ from rich.console import Console
 
 from fedoppu.common.cli import run_command
 from fedoppu.common.errors import ClientFailed, UsageError
-from fedoppu.simulations.benchmarks.bench import Row, check_target, measure, one_thread
+from fedoppu.simulations.benchmarks.bench import Row, check_options, measure, one_thread
 from fedoppu.simulations.benchmarks.meters import TreeCost, run_tree
 from fedoppu.simulations.run_folder import LAST
 
@@ -70,10 +70,7 @@ def benchmark(
 
     def command() -> dict[str, Any]:
         wanted = sizes_of(sizes)
-        if pairs < 1:
-            raise UsageError(f"--pairs must be at least 1, got {pairs}")
-        if json is not None:
-            check_target(json)
+        check_options(json, pairs)
         one_thread()
         costs = run_all(wanted, pairs, base=base)
         return measure(scale_rows(costs), packages=PACKAGES, json=json)

@@ -12,7 +12,7 @@ import typer
 
 from fedoppu.common.cli import run_command
 from fedoppu.common.errors import UsageError
-from fedoppu.simulations.benchmarks.bench import check_target, measure, one_thread
+from fedoppu.simulations.benchmarks.bench import check_options, measure, one_thread
 
 GROUPS = ("stream", "client", "server", "two_server", "bytes")
 PACKAGES = ("fedoppu", "flwr", "cryptography", "pycryptodome", "numpy")
@@ -38,7 +38,7 @@ def benchmark(
 
     def command() -> dict[str, Any]:
         groups = _groups(only)
-        _check(json, pairs)
+        check_options(json, pairs)
         one_thread()
         # numpy is loaded here, after the threads are set
         from fedoppu.simulations.benchmarks.secagg_rows import Scope, rows_of
@@ -55,13 +55,6 @@ def _groups(only: list[str] | None) -> list[str]:
     if unknown:
         raise UsageError(f"--only must be one of {', '.join(GROUPS)}, got {unknown[0]}")
     return only or list(GROUPS)
-
-
-def _check(json: Path | None, pairs: int) -> None:
-    if pairs < 1:
-        raise UsageError(f"--pairs must be at least 1, got {pairs}")
-    if json is not None:
-        check_target(json)
 
 
 if __name__ == "__main__":

@@ -5,22 +5,20 @@ order with AdamW, the same clip and rate, and the server takes the mean of what 
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from fedoppu.client.jobs import ClientJob, Example
-from fedoppu.client.model import POCKET, Dtype, LoadedBase, load_base, resolve_base
+from fedoppu.client.model import Dtype, LoadedBase, load_base, resolve_base
 from fedoppu.common.adapters import Adapter, AdapterSpec, initial_adapter
 from fedoppu.common.config import TrainingSettings
 from fedoppu.common.randomness import Randomness
+from fedoppu.simulations.benchmarks.personal_cases import write_llama
 
 Vector = NDArray[np.float32]
 TARGETS = ("q_proj", "v_proj")
@@ -147,15 +145,7 @@ def write_base(folder: Path) -> int:
         max_position_embeddings=256,
         tie_word_embeddings=True,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        shutil.copy(POCKET / name, folder / name)
-    return int(model.num_parameters())
+    return write_llama(folder, config)
 
 
 def relative(found: Vector, expected: Vector, start: Vector) -> float:
